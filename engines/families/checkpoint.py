@@ -1,0 +1,142 @@
+"""One part of a diffusers directory on disk: its config, its safetensors weights, and what is refused.
+
+Only safetensors are read. A `.bin`, `.pt` or `.ckpt` file is a pickle, which runs code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from engines.errors import CheckpointError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or is not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent.name}/{path.name}: file is missing from {path.parent}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path.parent.name}/{path.name}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path.parent.name}/{path.name}: a JSON object is expected, not {type(value).__name__}"
+        )
+    return value
+
+
+def read_config(part: Path) -> dict[str, Any]:
+    """Read `part/config.json`, the constructor arguments of a diffusers or transformers model."""
+    return read_json(part / "config.json")
+
+
+def weight_files(part: Path) -> list[Path]:
+    """The safetensors files of one part: one file, or the shards that an index names.
+
+    Raises:
+        CheckpointError: there are none, a shard is missing, several unrelated files could be meant, or the
+            weights are pickles.
+    """
+    index = next(iter(sorted(part.glob("*.safetensors.index.json"))), None)
+    if index is not None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{part.name}/{index.name}: field weight_map is missing or empty")
+        files = [part / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(part.glob("*.safetensors"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise CheckpointError(f"{part.name}: one safetensors file is expected, found {names}")
+    if not files:
+        pickles = [file.name for file in sorted(part.glob("*")) if file.suffix in PICKLE_SUFFIXES]
+        if pickles:
+            raise CheckpointError(
+                f"{part.name}/{pickles[0]}: pickles can run code and are refused; convert to safetensors"
+            )
+        raise CheckpointError(f"{part.name}: no .safetensors file in {part}")
+    for file in files:
+        if file.parent != part or not file.is_file():
+            raise CheckpointError(f"{part.name}/{file.name}: file is missing from {part}")
+    return files
+
+
+def check_safetensors(file: Path) -> None:
+    """Compare the size that a safetensors header promises with the size on disk, without reading the tensors.
+
+    Raises:
+        CheckpointError: the header is damaged, or the file is shorter or longer than it says.
+    """
+    name = f"{file.parent.name}/{file.name}"
+    size_bytes = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 0 < header_bytes <= size_bytes - 8:
+            raise CheckpointError(f"{name}: not a safetensors file, or cut off inside its header")
+        try:
+            header = json.loads(stream.read(header_bytes))
+            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+            raise CheckpointError(f"{name}: safetensors header is damaged") from None
+    expected_bytes = 8 + header_bytes + max(ends, default=0)
+    if size_bytes != expected_bytes:
+        raise CheckpointError(f"{name}: {size_bytes} bytes on disk, its header promises {expected_bytes}")
+
+
+def load_weights(part: Path) -> dict[str, Tensor]:
+    """Read all tensors of one part, in the dtype they have on disk.
+
+    Raises:
+        CheckpointError: as `weight_files` and `check_safetensors`, or a tensor cannot be read.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(part):
+        check_safetensors(file)
+        try:
+            weights.update(load_file(file))
+        except SafetensorError as error:
+            raise CheckpointError(f"{part.name}/{file.name}: {error}") from None
+    return weights
+
+
+def fill(module: ModuleT, weights: dict[str, Tensor], part: Path, dtype: torch.dtype) -> ModuleT:
+    """Copy `weights` into `module` and make it ready to run: `dtype`, eval mode, no gradients.
+
+    Raises:
+        CheckpointError: a tensor of the module has no weight, has another shape, or a weight has no tensor.
+    """
+    if any(tensor.dtype != dtype for tensor in module.parameters()):
+        nn.Module.to(module, dtype)  # not the model's own `to`, which logs advice for users of pipelines
+    try:
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{part.name}: weights do not fit config.json: {detail}") from None
+    # a tied tensor is stored once, under one of its names
+    state = module.state_dict()
+    loaded = {state[name].data_ptr() for name in weights if name in state}
+    missing = [name for name in missing if state[name].data_ptr() not in loaded]
+    if missing:
+        raise CheckpointError(f"{part.name}: no weight for {missing[0]} ({len(missing)} missing in all)")
+    if unexpected:
+        raise CheckpointError(
+            f"{part.name}: unknown weight {unexpected[0]} ({len(unexpected)} unknown in all)"
+        )
+    return module.eval().requires_grad_(False)
