@@ -1,0 +1,169 @@
+"""All Prometheus metrics of the api process and of workers, defined once; `Metrics` holds them for one
+process.
+
+Labels stay few and bounded: `class` is the queue class (the model's name), routes are templates. Never a job
+id, a tenant, a prompt or a raw path. Durations are in seconds, as Prometheus wants; methods take
+milliseconds, as we count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+PREFIX = "tdm"
+
+# Images answer in fractions of a second, videos in minutes: one ladder holds both, and every SLO sits on an
+# edge.
+REQUEST_BUCKETS = (
+    0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 13, 20, 30, 60, 120, 300, 600, 1200, 1800,
+)  # fmt: skip
+STAGE_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900,
+)  # fmt: skip
+OP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+FILL_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+class Metrics:
+    """The metrics of one process, in a registry of their own: several can live in one test process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        GCCollector(registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, namespace=PREFIX, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, namespace=PREFIX, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, namespace=PREFIX, registry=registry, buckets=buckets)
+
+        # HTTP, api process
+        self.http_requests = counter("http_requests_total", "Responses sent.", "route", "method", "code")
+        self.http_request_duration = histogram(
+            "http_request_duration_seconds", "First byte in to last byte out.", REQUEST_BUCKETS, "route"
+        )
+        self.result_waiters = gauge("result_waiters", "Requests that are waiting for their job.")
+        self.jobs_rejected = counter(
+            "jobs_rejected_total", "Jobs refused before the queue.", "class", "reason"
+        )
+
+        # Queue, api process: read from Redis by one task
+        self.queue_waiting = gauge("queue_waiting", "Jobs that wait for a worker.", "class", "priority")
+        self.queue_inflight = gauge("queue_inflight", "Jobs that a worker holds.", "class")
+        self.queue_oldest_age = gauge("queue_oldest_age_seconds", "Age of the oldest waiting job.", "class")
+        self.workers_live = gauge("workers_live", "Workers with a fresh heartbeat.", "class")
+
+        # Jobs, whoever ends them
+        self.jobs = counter("jobs_total", "Jobs that reached a terminal state.", "class", "outcome")
+        self.job_e2e = histogram(
+            "job_e2e_seconds", "Accepted to terminal.", REQUEST_BUCKETS, "class", "priority", "outcome"
+        )
+        self.job_stage = histogram(
+            "job_stage_seconds",
+            "Time of one job in one stage: queue, batch_wait, encode, denoise, decode, pack, store.",
+            STAGE_BUCKETS,
+            "class",
+            "stage",
+        )
+        self.job_redeliveries = counter("job_redeliveries_total", "Jobs started again.", "class", "cause")
+        self.job_duplicates = counter("job_duplicates_total", "Results that came second.", "class", "cause")
+        self.heartbeats_lost = counter(
+            "heartbeat_lost_total", "Leases found lost at a heartbeat.", "class", "cause"
+        )
+        self.dead_letters = counter("dead_letters_total", "Jobs given up on.", "class", "cause")
+
+        # Work, worker process
+        self.batch_size = histogram("batch_size", "Samples that ran together.", BATCH_BUCKETS, "class")
+        self.batch_fill_ratio = histogram(
+            "batch_fill_ratio", "Samples per place in the compiled batch.", FILL_BUCKETS, "class"
+        )
+        self.images = counter("images_total", "Images stored.", "class")
+        self.video_frames = counter("video_frames_total", "Video frames stored.", "class")
+        self.denoise_steps = counter("denoise_steps_total", "Denoiser rows computed.", "class")
+        self.gpu_busy = counter("gpu_busy_seconds_total", "Time inside a batch, on whatever device.", "gpu")
+        self.gpu_memory = gauge("gpu_memory_bytes", "Device memory in use.", "gpu")
+        self.gpu_oom = counter("gpu_oom_total", "Batches that ran out of memory.", "gpu")
+        self.model_load = gauge("model_load_seconds", "Loading and warming up the bundle.", "class")
+        self.engine_info = gauge(
+            "engine_info", "1 for the bundle this worker runs.", "class", "engine", "version"
+        )
+
+        # Dependencies
+        self.redis_op = histogram("redis_op_seconds", "One queue verb.", OP_BUCKETS, "op")
+        self.redis_errors = counter("redis_errors_total", "Queue verbs that failed.", "op")
+        self.storage_op = histogram("storage_op_seconds", "One store verb.", OP_BUCKETS, "op")
+
+    def observe_job_end(
+        self,
+        model: str,
+        *,
+        outcome: str,
+        e2e_ms: float,
+        timing_ms: Mapping[str, float] | None = None,
+        priority: str = "normal",
+    ) -> None:
+        """Count one job that reached a terminal state.
+
+        Args:
+            model: queue class.
+            outcome: done, failed, cancelled, deadline or poison.
+            e2e_ms: accepted to terminal.
+            timing_ms: the job's stages, as `Job.timing` names them.
+            priority: the job's priority class.
+        """
+        self.jobs.labels(model, outcome).inc()
+        self.job_e2e.labels(model, priority, outcome).observe(e2e_ms / 1000)
+        for stage, spent_ms in (timing_ms or {}).items():
+            self.job_stage.labels(model, stage).observe(spent_ms / 1000)
+
+    def observe_batch(
+        self, model: str, *, size: int, capacity: int, num_steps: int, busy_ms: float, gpu: str
+    ) -> None:
+        """Count one finished batch.
+
+        Args:
+            model: queue class.
+            size: samples in it.
+            capacity: the compiled batch that it was padded to.
+            num_steps: denoiser rows in it, padding not counted.
+            busy_ms: encode, denoise and decode together.
+            gpu: device index, or `cpu`.
+        """
+        self.batch_size.labels(model).observe(size)
+        self.batch_fill_ratio.labels(model).observe(size / capacity)
+        self.denoise_steps.labels(model).inc(num_steps)
+        self.gpu_busy.labels(gpu).inc(busy_ms / 1000)
+
+
+class MetricsServer:
+    """The scrape endpoint on a port of its own, so that the public one never shows it."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        """Listen at once.
+
+        Raises:
+            OSError: the port is in use.
+        """
+        self._server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        return self._server.server_port
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,131 @@
+"""Settings: every `TDM_*` environment variable, read once when a process starts and frozen after that.
+
+Nothing else in `server` reads the environment. The supervisor (`server.launch`) resolves what is left open
+here (bundles to serve, number of workers, the embedded Valkey's URL) and hands each child its share in its
+environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Backend = Literal["auto", "eager", "aotinductor"]
+
+ENV_PREFIX = "TDM_"
+
+
+class Settings(BaseSettings):
+    """What an operator can set; each field is the environment variable `TDM_<FIELD>`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    host: str = "127.0.0.1"
+    """Address the HTTP port and the metrics ports listen on."""
+    port: int = Field(default=8000, ge=0, le=65_535)
+    """HTTP port; 0 takes a free one and the ready line names it."""
+    metrics_port: int = Field(default=9100, ge=0, le=65_000)
+    """Prometheus port of the api process; worker i listens on `metrics_port + 1 + i`. 0 turns metrics off."""
+    redis_url: str = ""
+    """`redis://`, `rediss://` or `unix://`; empty lets `up` start its own Valkey under `data_dir`."""
+    data_dir: Path = Path("data")
+    """Where the embedded Valkey, built bundles and results live."""
+    bundles: str = ""
+    """Bundle directories, or directories of bundles, separated by commas; empty serves the demo student."""
+    workers: int = Field(default=0, ge=0, le=256)
+    """Worker processes; 0 means one per GPU for GPU bundles, else one per CPU core, at most four."""
+    worker_threads: int = Field(default=1, ge=1, le=256)
+    """CPU threads inside one worker. Several single-threaded workers beat one with several threads."""
+    backend: Backend = "auto"
+    """How workers run the bundle; `auto` takes compiled code where it fits the machine, else eager."""
+    max_queue: int = Field(default=256, ge=1)
+    """Jobs that may wait per model; one more is refused with 429 `queue_full`."""
+    max_prompt_chars: int = Field(default=2000, ge=1, le=20_000)
+    """Longest prompt accepted, in characters."""
+    max_wait_s: float = Field(default=30.0, ge=0, le=600)
+    """How long `POST /v1/images` waits for its pictures before it answers 202 with the job."""
+    job_deadline_s: float = Field(default=120.0, gt=0)
+    """A job that has not started by then fails with `deadline`; it never reaches a worker."""
+    lease_s: float = Field(default=20.0, gt=0)
+    """A worker silent for this long loses its jobs to another one."""
+    result_ttl_s: int = Field(default=86_400, ge=1)
+    """How long finished jobs and their pictures are kept."""
+    store_url: str = ""
+    """fsspec URL for results (`file://`, `s3://`, ...); empty means `data_dir/results`."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    listen_fd: int | None = None
+    """Set by the supervisor: the listening socket that the api process inherits."""
+    worker_index: int = Field(default=0, ge=0)
+    """Set by the supervisor: which worker of this machine this is."""
+
+    @field_validator("bundles")
+    @classmethod
+    def _no_blank_entries(cls, value: str) -> str:
+        return ",".join(part.strip() for part in value.split(",") if part.strip())
+
+    @property
+    def bundle_paths(self) -> list[Path]:
+        """`bundles` as absolute paths; empty when the demo student is meant."""
+        return [Path(part).expanduser().resolve() for part in self.bundles.split(",") if part]
+
+    @property
+    def results_url(self) -> str:
+        """`store_url`, or the directory under `data_dir` that it defaults to."""
+        return self.store_url or (self.data_dir.resolve() / "results").as_uri()
+
+    def for_worker(self) -> WorkerSettings:
+        """The share of one worker process.
+
+        Raises:
+            ValueError: `bundles` does not name exactly one bundle, or `redis_url` is empty.
+        """
+        if len(self.bundle_paths) != 1:
+            raise ValueError(f"TDM_BUNDLES must name one bundle for a worker, not {self.bundles or 'none'!r}")
+        if not self.redis_url:
+            raise ValueError("TDM_REDIS_URL is empty; only `python -m server up` starts a Valkey of its own")
+        return WorkerSettings(
+            index=self.worker_index,
+            redis_url=self.redis_url,
+            bundle=self.bundle_paths[0],
+            backend=self.backend,
+            num_threads=self.worker_threads,
+            store_url=self.results_url,
+            lease_s=self.lease_s,
+            result_ttl_s=self.result_ttl_s,
+            host=self.host,
+            metrics_port=self.metrics_port + 1 + self.worker_index if self.metrics_port else 0,
+            log_level=self.log_level,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What one worker process needs to know; everything is resolved."""
+
+    index: int
+    redis_url: str
+    bundle: Path
+    backend: Backend
+    num_threads: int
+    store_url: str
+    lease_s: float
+    result_ttl_s: int
+    host: str
+    metrics_port: int
+    """Prometheus port of this worker; 0 means none."""
+    log_level: str
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One line per wrong variable, without values that could be secrets."""
+    return [
+        f"{ENV_PREFIX}{'.'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+        for item in error.errors(include_input=False, include_url=False)
+    ]
