@@ -1,7 +1,8 @@
 """PixArt-alpha: the parts of a diffusers `PixArtAlphaPipeline` directory, a wrapper per stage.
 
 The same code serves the published PixArt-alpha (120 T5-XXL tokens, epsilon-prediction, learned sigma,
-micro-conditions) and the small students of this project; everything that differs is read from the directory's own configs.
+micro-conditions) and the small students of this project; everything that differs is read from the
+directory's own configs.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ STEPS_EMBEDDING_KEY = "adaln_single.emb.steps_embedding.weight"
 class StepAwareEmbeddings(PixArtAlphaCombinedTimestepSizeEmbeddings):  # type: ignore[misc]
     """Timestep (and size) embedding that also knows how many steps the student takes in all.
 
-    Row K of `steps_embedding` is added to the embedding of a K-step student. It starts at zero; a row that stays
-    zero leaves the network exactly what plain diffusers makes of it, which ignores the extra tensor.
+    Row K of `steps_embedding` is added to the embedding of a K-step student. It starts at zero; a row that
+    stays zero leaves the network exactly what plain diffusers makes of it, which ignores the extra tensor.
     """
 
     def __init__(self, base: PixArtAlphaCombinedTimestepSizeEmbeddings, max_num_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""A tiny random PixArt directory, built in a second; stands in for a checkpoint wherever quality is not asked.
+"""A tiny random PixArt directory, built in a second; stands in for a checkpoint where quality is not asked.
 
 It has every part of the demo student (word-level tokenizer, T5 encoder, transformer, 16-channel f8
 AutoencoderKL, scheduler, `student.json`), written by diffusers itself.
@@ -20,8 +20,8 @@ from engines.families.pixart import make_step_aware
 MAX_TEXT_TOKENS = 20
 # fmt: off
 WORDS = [
-    "a", "an", "the", "and", "of", "on", "in", "to", "left", "right", "above", "below", "next", "behind", "front",
-    "small", "large", "red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "black", "gray",
+    "a", "an", "the", "and", "of", "on", "in", "to", "left", "right", "above", "below", "next", "behind",
+    "front", "small", "large", "red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "black", "gray",
     "matte", "shiny", "sphere", "cube", "cone", "cylinder", "torus", "sky", "ground",
 ]
 # fmt: on
