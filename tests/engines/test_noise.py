@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from engines.noise import seeded_latents
+
+SHAPE = (16, 8, 8)
+
+
+def test_latents_for_a_seed_do_not_depend_on_batch_size() -> None:
+    alone = seeded_latents([7], SHAPE)
+    crowd = seeded_latents([1, 2**63 - 1, 7, 0], SHAPE)
+    assert torch.equal(crowd[2], alone[0])
+
+
+def test_different_seeds_give_different_unit_variance_noise() -> None:
+    latents = seeded_latents(range(64), SHAPE)
+    assert latents.shape == (64, *SHAPE)
+    assert abs(latents.var().item() - 1.0) < 0.02
+    assert abs((latents[0] * latents[1]).mean().item()) < 0.2
+
+
+def test_lower_precision_rounds_the_same_noise() -> None:
+    assert torch.equal(seeded_latents([3], SHAPE, torch.bfloat16), seeded_latents([3], SHAPE).bfloat16())
+
+
+def test_drawing_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    seeded_latents([3], SHAPE)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_out_of_range_seed_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=str(seed)):
+        seeded_latents([seed], SHAPE)
