@@ -1,4 +1,4 @@
-"""The `build`, `verify`, `inspect` and `bench` commands: arguments here; the work is imported when they run."""
+"""The `build`, `verify`, `inspect` and `bench` commands: arguments here, the work imported when they run."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from engines.families.checkpoint import fill, load_weights, read_config
 STEPS_EMBEDDING_KEY = "adaln_single.emb.steps_embedding.weight"
 
 
-class StepAwareEmbeddings(PixArtAlphaCombinedTimestepSizeEmbeddings):  # type: ignore[misc]
+class StepAwareEmbeddings(PixArtAlphaCombinedTimestepSizeEmbeddings):
     """Timestep (and size) embedding that also knows how many steps the student takes in all.
 
     Row K of `steps_embedding` is added to the embedding of a K-step student. It starts at zero; a row that
@@ -64,7 +64,8 @@ class StepAwareEmbeddings(PixArtAlphaCombinedTimestepSizeEmbeddings):  # type: i
         embedding: Tensor = super().forward(timestep, resolution, aspect_ratio, batch_size, hidden_dtype)
         if num_steps is None:
             return embedding
-        return embedding + self.steps_embedding(num_steps).to(embedding.dtype)
+        steps: Tensor = self.steps_embedding(num_steps)
+        return embedding + steps.to(embedding.dtype)
 
 
 def make_step_aware(transformer: PixArtTransformer2DModel, max_num_steps: int = 4) -> None:

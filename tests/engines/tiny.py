@@ -21,8 +21,8 @@ MAX_TEXT_TOKENS = 20
 # fmt: off
 WORDS = [
     "a", "an", "the", "and", "of", "on", "in", "to", "left", "right", "above", "below", "next", "behind",
-    "front", "small", "large", "red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "black", "gray",
-    "matte", "shiny", "sphere", "cube", "cone", "cylinder", "torus", "sky", "ground",
+    "front", "small", "large", "red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "black",
+    "gray", "matte", "shiny", "sphere", "cube", "cone", "cylinder", "torus", "sky", "ground",
 ]
 # fmt: on
 
