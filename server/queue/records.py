@@ -1,0 +1,132 @@
+"""Records that travel through Redis, and their hash and JSON forms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from server.job import Job, JobError, JobStatus, OutputRef, Priority
+
+MAX_REQUEST_BYTES = 64 * 1024
+
+
+class EnqueueStatus(StrEnum):
+    """Outcome of `JobQueue.enqueue`; only OK and DUP mean that a job exists."""
+
+    OK = "ok"
+    DUP = "dup"
+    MISMATCH = "mismatch"
+    QUEUE_FULL = "queue_full"
+    TENANT_FULL = "tenant_full"
+    MEMORY = "memory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnqueueResult:
+    """Whether a job was accepted.
+
+    Attributes:
+        job_id: the accepted job; for DUP and MISMATCH the one that already holds the idempotency key.
+        position: jobs of the class that were waiting before it, an upper bound of those served earlier.
+    """
+
+    status: EnqueueStatus
+    job_id: str | None = None
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A live worker, as it announces itself.
+
+    Attributes:
+        id: consumer name, unique per process life.
+        version: content hash of the bundle it serves.
+        backend: what really runs: "eager", "aotinductor", ...
+        max_batch: most rows it runs at once.
+        warnings: why it runs slower than it could, in words for `/readyz` and the log.
+    """
+
+    id: str
+    model: str
+    kind: str
+    version: str
+    backend: str
+    max_batch: int
+    pid: int
+    host: str
+    started_ms: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueStats:
+    """One class at one moment. `waiting` counts queued jobs by priority; `dead` the dead letters kept."""
+
+    waiting: Mapping[Priority, int]
+    running: int
+    oldest_age_ms: int
+    dead: int
+    workers: tuple[WorkerInfo, ...]
+
+    @property
+    def total_waiting(self) -> int:
+        """Queued jobs over all priorities."""
+        return sum(self.waiting.values())
+
+
+def dump_worker(info: WorkerInfo) -> str:
+    """JSON form of a `WorkerInfo`."""
+    return json.dumps(asdict(info))
+
+
+def load_worker(text: str) -> WorkerInfo:
+    """Inverse of `dump_worker`."""
+    fields = json.loads(text)
+    return WorkerInfo(**{**fields, "warnings": tuple(fields["warnings"])})
+
+
+def dump_request(request: Mapping[str, Any]) -> str:
+    """JSON form of a job's request.
+
+    Raises:
+        ValueError: larger than MAX_REQUEST_BYTES; big inputs belong in the result store.
+    """
+    text = json.dumps(request, separators=(",", ":"), ensure_ascii=False)
+    size = len(text.encode())
+    if size > MAX_REQUEST_BYTES:
+        raise ValueError(f"request of {size} bytes: at most {MAX_REQUEST_BYTES} go through the queue")
+    return text
+
+
+def dump_outputs(outputs: tuple[OutputRef, ...]) -> str:
+    """JSON form of a job's outputs."""
+    return json.dumps([asdict(output) for output in outputs])
+
+
+def load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
+    """The job in hash `q:{model}:j:<job_id>` (field names: server/README.md, "Keys")."""
+    return Job(
+        id=job_id,
+        kind=fields["kd"],
+        model=model,
+        request=json.loads(fields["req"]),
+        fingerprint=fields["fp"],
+        created_ms=int(fields["enq"]),
+        deadline_ms=int(fields["dl"]),
+        priority=Priority(fields["pr"]),
+        tenant=fields["tn"],
+        status=JobStatus(fields["st"]),
+        attempt=int(fields["at"]),
+        started_ms=int(fields["beg"]) if "beg" in fields else None,
+        finished_ms=int(fields["end"]) if "end" in fields else None,
+        progress=int(fields.get("pg", 0)),
+        outputs=tuple(OutputRef(**output) for output in json.loads(fields.get("res", "[]"))),
+        error=JobError(**json.loads(fields["err"])) if "err" in fields else None,
+        timing=json.loads(fields.get("tm", "{}")),
+        worker=fields.get("own"),
+        traceparent=fields.get("tp") or None,
+    )
