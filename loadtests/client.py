@@ -1,0 +1,174 @@
+"""Measure a server over HTTP: one request at a time, or a closed loop of many clients."""
+
+import asyncio
+import base64
+import io
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from PIL import Image
+
+ROUTE = "/v1/images/generations"
+
+
+class BadReplyError(Exception):
+    """The server answered something else than a picture of the right size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answered request; times are of `time.perf_counter()`."""
+
+    started_s: float
+    ended_s: float
+    status: int
+    body: bytes
+
+    @property
+    def latency_ms(self) -> float:
+        """First byte out to last byte in."""
+        return (self.ended_s - self.started_s) * 1000
+
+    def picture(self, size: tuple[int, int]) -> Image.Image:
+        """Decode the picture in full.
+
+        Args:
+            size: width and height that it must have.
+        Raises:
+            BadReplyError: the reply is an error, not a PNG, damaged, or of another size.
+        """
+        if self.status != 200:
+            raise BadReplyError(f"status {self.status}: {self.body[:300]!r}")
+        try:
+            data = json.loads(self.body)["data"]
+            image = Image.open(
+                io.BytesIO(base64.b64decode(data[0]["b64_json"], validate=True)), formats=["PNG"]
+            )
+            image.load()
+        except (KeyError, IndexError, TypeError, ValueError, OSError) as error:
+            raise BadReplyError(f"no PNG in the reply: {error!r}; {self.body[:200]!r}") from error
+        if image.size != size:
+            raise BadReplyError(f"picture is {image.size}, asked for {size}")
+        return image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Latencies of one measurement, ms."""
+
+    num_requests: int
+    p50_ms: float
+    p95_ms: float
+    max_ms: float
+
+    @classmethod
+    def of(cls, replies: Sequence[Reply]) -> "Latency":
+        """Summarise at least two replies."""
+        latencies = [reply.latency_ms for reply in replies]
+        cuts = statistics.quantiles(latencies, n=20, method="inclusive")
+        return cls(
+            num_requests=len(latencies),
+            p50_ms=round(statistics.median(latencies), 1),
+            p95_ms=round(cuts[18], 1),
+            max_ms=round(max(latencies), 1),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saturation:
+    """A closed loop: `concurrency` clients, each asking for its next picture when it has the last."""
+
+    concurrency: int
+    seconds: float
+    pictures_per_s: float
+    client_cpu_ms: float
+    """CPU time the measuring process itself spent on each request, on the server's machine."""
+    latency: Latency
+
+
+class LoadClient:
+    """HTTP client for one server with connections kept open, as a fleet of real clients would."""
+
+    def __init__(self, base_url: str, *, size: tuple[int, int], timeout_s: float = 120.0) -> None:
+        self.size = size
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self._http = httpx.AsyncClient(base_url=base_url, limits=limits, timeout=timeout_s, trust_env=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def ask(self, body: dict[str, Any]) -> Reply:
+        """Send one request and read the whole reply, whatever its status."""
+        started_s = time.perf_counter()
+        response = await self._http.post(ROUTE, json=body)
+        return Reply(started_s, time.perf_counter(), response.status_code, response.content)
+
+    async def pictures(self, bodies: Sequence[dict[str, Any]]) -> list[Image.Image]:
+        """The pictures for these requests, asked for one by one.
+
+        Raises:
+            BadReplyError: as in `Reply.picture`.
+        """
+        return [(await self.ask(body)).picture(self.size) for body in bodies]
+
+    async def idle_latency(self, bodies: Iterator[dict[str, Any]], *, num_requests: int) -> Latency:
+        """Latency of single requests to a server that has nothing else to do.
+
+        Raises:
+            BadReplyError: a reply is not a picture.
+        """
+        replies = [await self.ask(next(bodies)) for _ in range(num_requests)]
+        self._check(replies)
+        return Latency.of(replies)
+
+    async def saturate(
+        self, bodies: Iterator[dict[str, Any]], *, concurrency: int, warm_up_s: float, seconds: float
+    ) -> Saturation:
+        """Throughput of a closed loop.
+
+        Only replies that end within the measured window count; it opens after the warm-up. They are decoded
+        when it has closed, so that checking them costs the server nothing.
+
+        Raises:
+            BadReplyError: a reply is not a picture.
+        """
+        replies: list[Reply] = []
+        opens_s = time.perf_counter() + warm_up_s
+        closes_s = opens_s + seconds
+
+        async def client() -> None:
+            while time.perf_counter() < closes_s:
+                replies.append(await self.ask(next(bodies)))
+
+        cpu_before_s = time.process_time()
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+        cpu_s = time.process_time() - cpu_before_s
+
+        self._check(replies)
+        counted = [reply for reply in replies if opens_s <= reply.ended_s < closes_s]
+        return Saturation(
+            concurrency=concurrency,
+            seconds=seconds,
+            pictures_per_s=round(len(counted) / seconds, 2),
+            client_cpu_ms=round(cpu_s / len(replies) * 1000, 2),
+            latency=Latency.of(counted),
+        )
+
+    def _check(self, replies: Sequence[Reply]) -> None:
+        for reply in replies:
+            reply.picture(self.size)
