@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
+import aiohttp
 import numpy as np
 from PIL import Image
 from rich.console import Console
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = run(
                 plan, bundle=bundle, student=student.resolve(), scratch=Path(scratch), console=console
             )
-        except (BadReplyError, RuntimeError, httpx.TransportError) as error:
+        except (BadReplyError, RuntimeError, aiohttp.ClientError, TimeoutError) as error:
             console.print(f"failed: {error!r}", markup=False)
             return 1
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import httpx
+import aiohttp
 from PIL import Image
 
 ROUTE = "/v1/images/generations"
@@ -93,12 +93,18 @@ class Saturation:
 
 
 class LoadClient:
-    """HTTP client for one server with connections kept open, as a fleet of real clients would."""
+    """HTTP client for one server, every connection kept open.
+
+    aiohttp, because it shares the machine with the server: 0.2 ms of CPU a request where httpx takes 2.7.
+    """
 
     def __init__(self, base_url: str, *, size: tuple[int, int], timeout_s: float = 120.0) -> None:
         self.size = size
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._http = httpx.AsyncClient(base_url=base_url, limits=limits, timeout=timeout_s, trust_env=False)
+        self._http = aiohttp.ClientSession(
+            base_url,
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=timeout_s),
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -110,13 +116,14 @@ class LoadClient:
         traceback: TracebackType | None,
     ) -> None:
         """Close all connections."""
-        await self._http.aclose()
+        await self._http.close()
 
     async def ask(self, body: dict[str, Any]) -> Reply:
         """Send one request and read the whole reply, whatever its status."""
         started_s = time.perf_counter()
-        response = await self._http.post(ROUTE, json=body)
-        return Reply(started_s, time.perf_counter(), response.status_code, response.content)
+        async with self._http.post(ROUTE, json=body) as response:
+            content = await response.read()
+        return Reply(started_s, time.perf_counter(), response.status, content)
 
     async def pictures(self, bodies: Sequence[dict[str, Any]]) -> list[Image.Image]:
         """The pictures for these requests, asked for one by one.
