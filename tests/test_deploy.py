@@ -1,0 +1,111 @@
+"""The container and monitoring files say what they should; no Docker daemon is needed.
+
+What these tests cannot show is that the images build and run: see `deploy/README.md`.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, cwd=cwd, env=env, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
+
+
+def tool(name: str) -> str:
+    """Path of a program from the environment or the system; the test skips where there is none."""
+    found = shutil.which(name, path=os.pathsep.join((str(BIN), os.environ["PATH"])))
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+    return loaded
+
+
+def dockerfile_stages() -> dict[str, str]:
+    """Text of every stage of the Dockerfile by name."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    parts = re.split(r"^FROM \S+ AS (\S+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_dockerfile_passes_hadolint() -> None:
+    run(tool("hadolint"), "Dockerfile")
+
+
+def test_compose_file_follows_the_compose_specification() -> None:
+    run(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", "docker-compose.yml")
+
+
+def test_prometheus_configuration_is_valid() -> None:
+    run(tool("promtool"), "check", "config", "deploy/prometheus/prometheus.yml")
+
+
+def test_images_run_without_root() -> None:
+    for name, stage in dockerfile_stages().items():
+        if name in ("api", "worker", "engines"):
+            users = re.findall(r"^USER (\S+)$", stage, flags=re.MULTILINE)
+            assert users, f"{name} runs as root"
+            assert users[-1] == "10001:10001"
+
+
+def test_compose_builds_targets_that_exist(compose: dict[str, Any]) -> None:
+    targets = {service["build"]["target"] for service in compose["services"].values() if "build" in service}
+    assert targets == {"api", "worker", "engines"}
+    assert targets <= dockerfile_stages().keys()
+
+
+def test_containers_set_only_settings_that_exist(compose: dict[str, Any]) -> None:
+    known = {f"TDM_{name.upper()}" for name in Settings.model_fields}
+    used = {name for service in compose["services"].values() for name in service.get("environment", {})}
+    used |= set(re.findall(r"\bTDM_[A-Z_]+", (ROOT / "Dockerfile").read_text(encoding="utf-8")))
+    assert used
+    assert used <= known
+
+
+def test_prometheus_scrapes_the_ports_that_serve_metrics(compose: dict[str, Any]) -> None:
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8"))
+    scraped = {
+        target["names"][0]: target["port"]
+        for job in config["scrape_configs"]
+        for target in job["dns_sd_configs"]
+    }
+    metrics_port = int(compose["services"]["api"]["environment"]["TDM_METRICS_PORT"])
+    assert scraped == {"api": metrics_port, "worker": metrics_port + 1}
+
+
+def test_api_image_copies_all_that_the_api_imports(tmp_path: Path) -> None:
+    for copy in re.findall(r"^COPY (?!--from)(.+)$", dockerfile_stages()["api"], flags=re.MULTILINE):
+        *sources, target = copy.split()
+        for source in sources:
+            if (ROOT / source).is_dir():
+                shutil.copytree(
+                    ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__")
+                )
+            else:
+                (tmp_path / target).mkdir(exist_ok=True)
+                shutil.copy(ROOT / source, tmp_path / target)
+    # -S hides site-packages' .pth files, an editable install of this checkout among them.
+    site_packages = next(Path(entry) for entry in sys.path if entry.endswith("site-packages"))
+    run(
+        *(sys.executable, "-S", "-c", "import server.app, sys; assert 'torch' not in sys.modules"),
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(site_packages)},
+    )
