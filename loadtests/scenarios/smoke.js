@@ -1,0 +1,82 @@
+// One client, every route, every client error: does the API keep its contract?
+//
+//   k6 run -e BASE_URL=http://127.0.0.1:8000 loadtests/scenarios/smoke.js
+import { check, fail, sleep } from "k6";
+import { BASE_URL, call, errorCode } from "../lib/api.js";
+import { isPng, isPngBase64 } from "../lib/png.js";
+import { refusals } from "../lib/refusals.js";
+
+export const options = {
+  scenarios: { smoke: { executor: "per-vu-iterations", vus: 1, iterations: 10, maxDuration: "5m" } },
+  thresholds: { checks: ["rate==1"], http_req_failed: ["rate==0"], iterations: ["count==10"] },
+};
+
+export function setup() {
+  if (call("GET", "/readyz").status !== 200) {
+    fail(`no server is ready at ${BASE_URL}`);
+  }
+  return call("GET", "/v1/models").json("data.0");
+}
+
+export default function smoke(model) {
+  const [width, height] = model.sizes[0].split("x").map(Number);
+  const picture = { prompt: "a red sphere", seed: __ITER, model: model.id };
+
+  check(call("GET", `/v1/models/${model.id}`, { name: "/v1/models/{id}" }), {
+    "the listed model can be looked up": (r) => r.json("id") === model.id && r.json("workers") > 0,
+  });
+
+  const generated = call("POST", "/v1/images/generations", { body: { ...picture, response_format: "b64_json" } });
+  check(generated, {
+    "openai's route draws a picture": (r) => isPngBase64(r.json("data.0.b64_json"), width, height),
+    "stages are timed": (r) => r.json("timing_ms.denoise") > 0 && "Server-Timing" in r.headers,
+  });
+
+  for (const steps of model.steps) {
+    check(call("POST", "/v1/images", { body: { ...picture, steps, n: 2, response_format: "b64_json" } }), {
+      "our route draws n pictures in every number of steps": (r) =>
+        r.json("steps") === steps && r.json("data").every((one) => isPngBase64(one.b64_json, width, height)),
+      "picture i has seed + i": (r) => r.json("data").every((one, i) => one.seed === __ITER + i),
+    });
+  }
+
+  jobThatOutlastsTheWait(picture, width, height);
+  sameKeySameJob(picture);
+
+  for (const { method, path, body, headers, status, code } of refusals(model)) {
+    check(call(method, path, { body, headers, status, name: `${path} (${code})` }), {
+      "errors have a code, a type and a message": (r) =>
+        errorCode(r) === code && r.json("error.type").length > 0 && r.json("error.message").length > 0,
+      "errors carry a request id": (r) => r.headers["X-Request-Id"].length > 0,
+    });
+  }
+}
+
+function jobThatOutlastsTheWait(picture, width, height) {
+  const accepted = call("POST", "/v1/images", { body: { ...picture, wait_s: 0 }, status: 202, name: "/v1/images (wait_s=0)" });
+  check(accepted, { "a job that is not waited for has a place to ask": (r) => r.headers.Location.endsWith(r.json("id")) });
+
+  let job = accepted;
+  const deadline = Date.now() + 60_000;
+  while (["queued", "in_progress"].includes(job.json("status")) && Date.now() < deadline) {
+    sleep(0.05);
+    job = call("GET", `/v1/images/${accepted.json("id")}`, { name: "/v1/images/{id}" });
+  }
+  check(job, { "it completes": (r) => r.json("status") === "completed" && r.json("progress") === 100 });
+
+  const content = call("GET", `/v1/images/${accepted.json("id")}/content`, { name: "/v1/images/{id}/content", binary: true });
+  check(content, {
+    "its bytes are the picture": (r) => r.headers["Content-Type"] === "image/png" && isPng(r.body, width, height),
+  });
+}
+
+function sameKeySameJob(picture) {
+  const headers = { "Idempotency-Key": `smoke-${Date.now()}-${__ITER}` };
+  const first = call("POST", "/v1/images", { body: picture, headers });
+  const again = call("POST", "/v1/images", { body: picture, headers });
+  const other = call("POST", "/v1/images", { body: { ...picture, prompt: "a blue cube" }, headers, status: 422 });
+  check(null, {
+    "the same key and body give the same job": () => first.json("id") === again.json("id"),
+    "the same key with another body is refused": () => errorCode(other) === "idempotency_mismatch",
+  });
+}
