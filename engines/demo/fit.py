@@ -1,0 +1,192 @@
+"""One resumable training loop for the demo's judge, VAE and teacher."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engines.errors import TrainingError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitConfig:
+    """How to train.
+
+    Attributes:
+        num_steps: optimizer steps; the learning rate warms up for 2 % of them (at most 200), then falls as a
+            cosine to 2 %.
+        learning_rate: peak.
+        betas: AdamW.
+        weight_decay: AdamW, on matrices and kernels only.
+        clip: largest gradient norm.
+        ema_decay: of the averaged weights that training returns.
+        save_every: steps between checkpoints.
+        seed: step i draws from generator (seed, i), so a resumed run sees the same batches.
+        device: where the modules are trained; random numbers are drawn on the CPU whatever it is.
+    """
+
+    num_steps: int
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema_decay: float = 0.998
+    save_every: int = 500
+    seed: int = 0
+    device: str = "cpu"
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        warm_up = max(1, min(200, self.num_steps // 50))
+        if step < warm_up:
+            return self.learning_rate * (step + 1) / warm_up
+        share = (step - warm_up) / max(1, self.num_steps - warm_up)
+        return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+class _Weights:
+    """Parameters, their running averages and the optimizer's moments: what a checkpoint holds."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], config: FitConfig) -> None:
+        self.live = {f"{name}.{key}": p for name, m in modules.items() for key, p in m.named_parameters()}
+        self.average = {key: p.detach().clone() for key, p in self.live.items()}
+        self.optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": [p for p in self.live.values() if p.ndim >= 2],
+                    "weight_decay": config.weight_decay,
+                },
+                {"params": [p for p in self.live.values() if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            betas=config.betas,
+            fused=True,
+        )
+
+    def save(self, path: Path, step: int) -> None:
+        tensors: dict[str, Tensor] = {f"weight.{key}": p.detach() for key, p in self.live.items()}
+        tensors |= {f"average.{key}": p for key, p in self.average.items()}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors |= {f"{moment}.{key}": self.optimizer.state[p][moment] for key, p in self.live.items()}
+        partial = path.with_suffix(".part")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"step": str(step)})
+        partial.replace(path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> int:
+        stored, step = _read(path)
+        for key, p in self.live.items():
+            p.copy_(stored[f"weight.{key}"])
+            self.average[key].copy_(stored[f"average.{key}"])
+            self.optimizer.state[p] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": stored[f"exp_avg.{key}"].to(p),
+                "exp_avg_sq": stored[f"exp_avg_sq.{key}"].to(p),
+            }
+        return step
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        for key, p in self.live.items():
+            p.copy_(self.average[key])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], int]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, int(file.metadata()["step"])  # noqa: SIM118
+
+
+def load_average(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Put the averaged weights of a checkpoint of `fit` into modules built alike, finished or not."""
+    stored, _ = _read(path)
+    with torch.no_grad():
+        for name, module in modules.items():
+            for key, p in module.named_parameters():
+                p.copy_(stored[f"average.{name}.{key}"])
+
+
+def fit(
+    name: str,
+    modules: Mapping[str, nn.Module],
+    loss: Callable[[torch.Generator], Tensor],
+    config: FitConfig,
+    directory: Path,
+) -> None:
+    """Train modules in place and leave the averaged (EMA) weights in them.
+
+    A checkpoint in `directory` (safetensors: weights, averages, both optimizer moments) is continued; a
+    finished one is only loaded. The loss goes to `NAME.jsonl` beside it.
+
+    Args:
+        name: of the stage, for files and the progress line.
+        modules: all of them are trained.
+        loss: returns a scalar to minimise, drawing everything random from the generator it is given.
+        config: how.
+        directory: of the checkpoint and the log.
+
+    Raises:
+        TrainingError: the loss is not finite; the last checkpoint is kept.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for module in modules.values():
+        module.to(config.device)
+    path = directory / f"{name}.safetensors"
+    weights = _Weights(modules, config)
+    start = weights.load(path) if path.exists() else 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+    )
+    smooth, began = math.nan, time.monotonic()
+    log_path = directory / f"{name}.jsonl"
+    with Progress(*columns) as progress, log_path.open("a", encoding="utf-8") as log:
+        task = progress.add_task(name, total=config.num_steps, completed=start, loss=math.nan)
+        for step in range(start, config.num_steps):
+            for group in weights.optimizer.param_groups:
+                group["lr"] = config.rate(step)
+            value = loss(torch.Generator().manual_seed(config.seed * 1_000_003 + step))
+            if not torch.isfinite(value):
+                raise TrainingError(f"{name}: loss is {value.item()} at step {step}; kept: {path}")
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(list(weights.live.values()), config.clip)
+            weights.optimizer.step()
+            weights.optimizer.zero_grad()
+            weights.follow(min(config.ema_decay, (step + 1) / (step + 10)))
+            smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
+            progress.update(task, completed=step + 1, loss=smooth)
+            if (step + 1) % 50 == 0:
+                row = {
+                    "step": step + 1,
+                    "loss": round(smooth, 6),
+                    "seconds": round(time.monotonic() - began, 1),
+                }
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+            if (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
+                weights.save(path, step + 1)
+    weights.settle()
+    for module in modules.values():
+        module.to("cpu")
