@@ -10,13 +10,15 @@ RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench load clean
+.PHONY: help serve dev test lint format bench load clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1  \t/p' $(MAKEFILE_LIST)
 
 serve: $(RUN)  ## start the server, the page and the API on http://127.0.0.1:8000
 	@exec $(BIN)/python -m server up $(ARGS)
+
+dev: $(DEV)  ## install what training, tests and lint need into .venv
 
 test: $(DEV)  ## run the tests
 	@bash .ci/system-packages
