@@ -12,8 +12,8 @@ def add_demo_parser(commands: Any) -> None:  # argparse does not name the type o
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo-teacher",
         help="render captioned scenes and train the demo teacher on them",
-        description="Render captioned scenes, train a judge that reads them, the VAE and the teacher, and write "
-        "the teacher as a diffusers PixArtAlphaPipeline directory. Every stage continues where it was "
+        description="Render captioned scenes, train a judge that reads them, the VAE and the teacher, and "
+        "write the teacher as a diffusers PixArtAlphaPipeline directory. Every stage continues where it was "
         "interrupted; a finished one is skipped. Two shells may run different stages at once.",
     )
     parser.add_argument(

@@ -1,0 +1,140 @@
+"""The demo's scenes, text, code and training loop."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engines.demo.codec import PatchCode, make_vae
+from engines.demo.dataset import SHARD_SIZE, SceneSet
+from engines.demo.fit import FitConfig, fit
+from engines.demo.judge import to_input
+from engines.demo.scenes import HELD_OUT_PAIRS, SHAPES, Scene, Solid, render, sample_captions, sample_scenes
+from engines.demo.text import MAX_TOKENS, make_text_encoder, make_tokenizer, tokenize
+from engines.errors import TrainingError
+
+
+def test_same_seed_draws_the_same_pictures_whatever_the_chunk() -> None:
+    scenes = sample_scenes(6, 3)
+    assert torch.equal(render(scenes, 5, chunk=6), render(scenes, 5, chunk=4))
+    assert not torch.equal(render(scenes, 5), render(scenes, 6))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_shows_in_its_colour_where_the_caption_puts_it(shape: str) -> None:
+    left = Scene((Solid(shape, "red", "large"),), "left", "stone", "day")
+    image = render([left], 0)[0].float()
+    reddish = (image[..., 0] > 1.6 * image[..., 1]) & (image[..., 0] > 1.6 * image[..., 2])
+    _, columns = reddish.nonzero(as_tuple=True)
+    assert len(columns) > 60
+    assert columns.float().mean() < 28
+
+
+def test_training_never_sees_a_held_out_pair() -> None:
+    assert not any(scene.is_held_out() for scene in sample_scenes(400, 0, split="train"))
+    assert all(scene.is_held_out() for scene in sample_scenes(400, 0, split="held_out"))
+    seen = {(s.shape, s.colour) for scene in sample_scenes(4000, 0, split="all") for s in scene.solids}
+    assert seen >= HELD_OUT_PAIRS
+
+
+def test_mirror_image_of_a_mirror_image_is_the_scene_itself() -> None:
+    for scene in sample_scenes(50, 1):
+        assert scene.mirrored().mirrored() == scene
+
+
+def test_every_caption_fits_the_tokenizer_without_unknown_words() -> None:
+    captions = sample_captions(300, 0, "all")
+    ids, mask = tokenize(make_tokenizer(), captions, MAX_TOKENS)
+    assert (ids == make_tokenizer().unk_token_id).sum() == 0
+    assert mask.sum(1).max() < MAX_TOKENS
+    assert len({scene.caption() for scene in sample_scenes(300, 0)}) > 250
+
+
+def test_synonyms_and_punctuation_reach_the_same_tokens() -> None:
+    tokenizer = make_tokenizer()
+    assert (
+        tokenizer("A BIG violet donut, at dusk!")["input_ids"]
+        == tokenizer("a large purple torus at sunset")["input_ids"]
+    )
+
+
+def test_text_encoder_ignores_padding() -> None:
+    torch.manual_seed(0)
+    encoder, tokenizer = make_text_encoder().eval(), make_tokenizer()
+    with torch.no_grad():
+        outputs = []
+        for length in (8, MAX_TOKENS):
+            ids, mask = tokenize(tokenizer, ["a red cube"], length)
+            outputs.append(encoder(ids, attention_mask=mask).last_hidden_state[:, :4])
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=1e-4)
+
+
+def test_patch_code_has_unit_variance_and_brings_the_picture_back() -> None:
+    images = render(sample_scenes(120, 2), 2)
+    code = PatchCode.fit(images)
+    latents = code.encode(images)
+    assert latents.shape == (120, 16, 8, 8)
+    assert latents.std().item() == pytest.approx(1.0, abs=0.02)
+    error = (code.decode(latents) - to_input(images)).square().mean()
+    assert 10 * torch.log10(4 / error) > 28
+
+
+def test_vae_has_the_latent_shape_of_the_code() -> None:
+    vae = make_vae()
+    with torch.no_grad():
+        mean = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
+        assert mean.shape == (1, 16, 8, 8)
+        assert vae.decode(mean).sample.shape == (1, 3, 64, 64)
+
+
+def test_scene_set_gives_every_shard_its_own_scenes() -> None:
+    scene_set = SceneSet(num_shards=2, seed=7, split="train", two_object_share=0.25)
+    first, second = scene_set.shard_scenes(0), scene_set.shard_scenes(1)
+    assert len(first) == SHARD_SIZE
+    assert sum(scene.num_objects == 2 for scene in first) == SHARD_SIZE // 4
+    assert first != second
+
+
+class _InterruptedError(Exception):
+    pass
+
+
+def _regression(network: nn.Linear, *, stop_at: int | None = None):
+    calls = 0
+
+    def loss(rng: torch.Generator) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise _InterruptedError
+        x = torch.randn(8, 3, generator=rng)
+        return (network(x) - x.sum(1, keepdim=True)).square().mean()
+
+    return loss
+
+
+def test_interrupted_training_continues_to_the_same_weights(tmp_path) -> None:
+    config = FitConfig(num_steps=12, learning_rate=1e-2, save_every=4)
+
+    def network() -> nn.Linear:
+        torch.manual_seed(0)
+        return nn.Linear(3, 1)
+
+    whole, broken, resumed = network(), network(), network()
+    fit("line", {"line": whole}, _regression(whole), config, tmp_path / "whole")
+    with pytest.raises(_InterruptedError):
+        fit("line", {"line": broken}, _regression(broken, stop_at=7), config, tmp_path / "broken")
+    fit("line", {"line": resumed}, _regression(resumed), config, tmp_path / "broken")
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_loss_that_is_not_finite_stops_training_and_says_where(tmp_path) -> None:
+    network = nn.Linear(3, 1)
+    with pytest.raises(TrainingError, match="step 0"):
+        fit(
+            "line",
+            {"line": network},
+            lambda _rng: network(torch.full((1, 3), np.nan)).sum(),
+            FitConfig(num_steps=2, learning_rate=1e-2),
+            tmp_path,
+        )
