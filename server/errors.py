@@ -117,6 +117,14 @@ class InvalidHeaderError(ApiError):
     type = "invalid_request_error"
 
 
+class RequestTimeoutError(ApiError):
+    """The client sends its body too slowly."""
+
+    status = 408
+    code = "request_timeout"
+    type = "invalid_request_error"
+
+
 class BodyTooLargeError(ApiError):
     """The body has more bytes than any request needs."""
 
@@ -196,7 +204,7 @@ class JobPoisonedError(JobFailedError):
 
 
 class DeadlineExceededError(ApiError):
-    """The job did not start before its deadline."""
+    """The job did not start before its deadline, or the client's wait ended before the job did."""
 
     status = 504
     code = "deadline_exceeded"
@@ -255,6 +263,14 @@ class StoreUnavailableError(ApiError):
 
     status = 503
     code = "store_unavailable"
+    type = "overloaded_error"
+
+
+class ShuttingDownError(ApiError):
+    """The process is about to end, and the job was not finished in time."""
+
+    status = 503
+    code = "shutting_down"
     type = "overloaded_error"
 
 

@@ -7,6 +7,7 @@ environment.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,7 +40,7 @@ class Settings(BaseSettings):
     bundles: str = ""
     """Bundle directories, or directories of bundles, separated by commas; empty serves the demo student."""
     workers: int = Field(default=0, ge=0, le=256)
-    """Worker processes; 0 means one per GPU for GPU bundles, else one per CPU core, at most four."""
+    """Worker processes; 0 means one per CPU core, at most four."""
     worker_threads: int = Field(default=1, ge=1, le=256)
     """CPU threads inside one worker. Several single-threaded workers beat one with several threads."""
     backend: Backend = "auto"
@@ -129,3 +130,16 @@ def explain(error: ValidationError) -> list[str]:
         f"{ENV_PREFIX}{'.'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
         for item in error.errors(include_input=False, include_url=False)
     ]
+
+
+def child_environment(**settings: object) -> dict[str, str]:
+    """This process's environment with some settings replaced, for a child process.
+
+    Args:
+        settings: field names of `Settings` and their values; a name in capitals is taken as it is.
+    """
+    named = {
+        name if name.isupper() else f"{ENV_PREFIX}{name.upper()}": str(value)
+        for name, value in settings.items()
+    }
+    return {**os.environ, **named}

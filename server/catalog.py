@@ -1,0 +1,128 @@
+"""Catalog: the models that can be asked for, as workers announced them in Redis, with the load on each.
+
+The api process needs no bundle files: a worker publishes its manifest when it starts, and it stays known
+after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from engines.bucket import Bucket
+from engines.bundle import Manifest
+from server.admission import Load
+from server.errors import ModelNotFoundError, NoWorkerError
+from server.queue.queue import JobQueue
+from server.queue.records import QueueStats
+
+MAX_AGE_S = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """One model at one moment."""
+
+    manifest: Manifest
+    stats: QueueStats
+
+    @property
+    def name(self) -> str:
+        """The model's name, which is also its queue class."""
+        return self.manifest.name
+
+    @property
+    def examples(self) -> list[str]:
+        """Prompts that show what it can draw, as its student's maker chose them."""
+        return [str(prompt) for prompt in self.manifest.student.get("examples", ())]
+
+    @property
+    def backends(self) -> list[str]:
+        """What its live workers run it with."""
+        return sorted({worker.backend for worker in self.stats.workers})
+
+    @property
+    def load(self) -> Load:
+        """What admission needs to know."""
+        workers = self.stats.workers
+        return Load(
+            waiting=self.stats.total_waiting,
+            running=self.stats.running,
+            num_workers=len(workers),
+            max_batch=min((worker.max_batch for worker in workers), default=max(self.manifest.batch_sizes)),
+        )
+
+    def batch_ms(self, bucket: Bucket, num_steps: int) -> Callable[[int], float]:
+        """Predicted time of a batch by its number of samples, from the bundle's measured table."""
+        return lambda num_samples: self.manifest.predict_ms(bucket, num_steps, num_samples)
+
+
+class Catalog:
+    """Reads models and their load from the queue; what it read stays good for `MAX_AGE_S`.
+
+    So a flood of requests that will be refused costs Redis nothing. The caps that must hold exactly are kept
+    by the enqueue script itself.
+    """
+
+    def __init__(self, queue: JobQueue, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._queue = queue
+        self._clock = clock
+        self._models: dict[str, ServedModel] = {}
+        self._read_at = -float("inf")
+        self._reading = asyncio.Lock()
+
+    async def models(self, *, max_age_s: float = MAX_AGE_S) -> dict[str, ServedModel]:
+        """Every known model by its name."""
+        async with self._reading:
+            if self._clock() - self._read_at > max_age_s:
+                self._models = await self._read()
+                self._read_at = self._clock()
+        return self._models
+
+    async def find(self, name: str | None, *, kind: str) -> ServedModel:
+        """The model called `name`, or without a name the first one of this kind, live ones first.
+
+        Raises:
+            ModelNotFoundError: there is no such model of this kind.
+            NoWorkerError: no name was given, and no worker has announced any model yet.
+        """
+        for max_age_s in (MAX_AGE_S, 0.0):  # a worker may have announced the model a moment ago
+            for model in await self._of_kind(kind, max_age_s):
+                if name in (None, model.name):
+                    return model
+        if name is None:
+            raise NoWorkerError(f"no worker has announced a model for {kind}s yet", retry_after_ms=1000)
+        served = ", ".join(model.name for model in await self._of_kind(kind, MAX_AGE_S)) or "none"
+        raise ModelNotFoundError(f"no {kind} model is called {name!r}; served are: {served}", param="model")
+
+    async def _of_kind(self, kind: str, max_age_s: float) -> list[ServedModel]:
+        models = await self.models(max_age_s=max_age_s)
+        found = [model for model in models.values() if model.manifest.kind == kind]
+        return sorted(found, key=lambda model: (not model.stats.workers, model.name))
+
+    async def _read(self) -> dict[str, ServedModel]:
+        models = {}
+        for name, announced in (await self._queue.models()).items():
+            manifest = _parse_manifest(name, announced)
+            if manifest is not None:
+                models[name] = ServedModel(manifest=manifest, stats=await self._queue.stats(name))
+        return models
+
+
+def _parse_manifest(name: str, announced: Mapping[str, Any]) -> Manifest | None:
+    try:
+        return Manifest.model_validate(announced)
+    except ValidationError as error:
+        # A worker of another version: what it serves cannot be asked for through this process.
+        logger.warning(
+            "manifest not understood: %s", error.errors(include_input=False)[0]["loc"], extra={"model": name}
+        )
+        return None
