@@ -1,0 +1,89 @@
+"""Settings come from TDM_* variables, once, and a wrong one is named."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from server.settings import Settings, child_environment, explain
+
+
+def test_defaults_serve_on_this_machine_only() -> None:
+    settings = Settings()
+
+    assert (settings.host, settings.port, settings.metrics_port) == ("127.0.0.1", 8000, 9100)
+    assert settings.bundle_paths == []
+
+
+def test_settings_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDM_PORT", "8123")
+    monkeypatch.setenv("TDM_MAX_QUEUE", "7")
+
+    assert (Settings().port, Settings().max_queue) == (8123, 7)
+
+
+def test_empty_variable_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDM_PORT", "")
+
+    assert Settings().port == 8000
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        Settings().port = 1
+
+
+def test_wrong_variable_is_named_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDM_PORT", "eighty")
+    monkeypatch.setenv("TDM_WORKERS", "-1")
+
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+
+    lines = explain(caught.value)
+    assert [line.partition(":")[0] for line in lines] == ["TDM_PORT", "TDM_WORKERS"]
+    assert "eighty" not in "".join(lines)
+
+
+def test_bundles_are_absolute_paths_separated_by_commas(tmp_path: Path) -> None:
+    settings = Settings(bundles=f" {tmp_path}/a , {tmp_path}/b ,")
+
+    assert settings.bundle_paths == [tmp_path / "a", tmp_path / "b"]
+
+
+def test_results_lie_under_the_data_directory_unless_told_otherwise(tmp_path: Path) -> None:
+    assert Settings(data_dir=tmp_path).results_url == f"file://{tmp_path}/results"
+    assert Settings(store_url="s3://bucket/results").results_url == "s3://bucket/results"
+
+
+def test_each_worker_has_a_metrics_port_of_its_own() -> None:
+    def port_of(index: int, metrics_port: int) -> int:
+        settings = Settings(
+            redis_url="redis://localhost", bundles="b", worker_index=index, metrics_port=metrics_port
+        )
+        return settings.for_worker().metrics_port
+
+    assert [port_of(0, 9100), port_of(1, 9100)] == [9101, 9102]
+    assert port_of(1, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "variable"),
+    [
+        ({"bundles": "", "redis_url": "redis://localhost"}, "TDM_BUNDLES"),
+        ({"bundles": "a,b", "redis_url": "redis://localhost"}, "TDM_BUNDLES"),
+        ({"bundles": "a", "redis_url": ""}, "TDM_REDIS_URL"),
+    ],
+)
+def test_worker_needs_one_bundle_and_a_redis(changes: dict[str, str], variable: str) -> None:
+    with pytest.raises(ValueError, match=variable):
+        Settings(**changes).for_worker()
+
+
+def test_child_inherits_the_environment_with_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TDM_LOG_LEVEL", "debug")
+
+    environment = child_environment(port=1, OMP_NUM_THREADS=1)
+
+    assert environment["TDM_LOG_LEVEL"] == "debug"
+    assert (environment["TDM_PORT"], environment["OMP_NUM_THREADS"]) == ("1", "1")
