@@ -11,6 +11,18 @@ class EngineError(Exception):
     code: ClassVar[str] = "engine_error"
 
 
+class ConfigError(EngineError):
+    """A settings file, or a setting in it, cannot be used."""
+
+    code = "config_invalid"
+
+
+class TrainingError(EngineError):
+    """Training cannot go on; what was learned so far is saved."""
+
+    code = "training_failed"
+
+
 class CheckpointError(EngineError):
     """A diffusers directory, or a file or field in it, cannot be used."""
 

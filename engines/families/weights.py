@@ -1,0 +1,58 @@
+"""Weights of one part of a checkpoint: from safetensors into memory, and into a module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from engines.errors import CheckpointError
+from engines.families.checkpoint import check_safetensors, weight_files
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def load_weights(part: Path) -> dict[str, Tensor]:
+    """Read all tensors of one part, in the dtype they have on disk.
+
+    Raises:
+        CheckpointError: as `weight_files` and `check_safetensors`, or a tensor cannot be read.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(part):
+        check_safetensors(file)
+        try:
+            weights.update(load_file(file))
+        except SafetensorError as error:
+            raise CheckpointError(f"{part.name}/{file.name}: {error}") from None
+    return weights
+
+
+def fill(module: ModuleT, weights: dict[str, Tensor], part: Path, dtype: torch.dtype) -> ModuleT:
+    """Copy `weights` into `module` and make it ready to run: `dtype`, eval mode, no gradients.
+
+    Raises:
+        CheckpointError: a tensor of the module has no weight, has another shape, or a weight has no tensor.
+    """
+    if any(tensor.dtype != dtype for tensor in module.parameters()):
+        nn.Module.to(module, dtype)  # not the model's own `to`, which logs advice for users of pipelines
+    try:
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{part.name}: weights do not fit config.json: {detail}") from None
+    # a tied tensor is stored once, under one of its names
+    state = module.state_dict()
+    loaded = {state[name].data_ptr() for name in weights if name in state}
+    missing = [name for name in missing if state[name].data_ptr() not in loaded]
+    if missing:
+        raise CheckpointError(f"{part.name}: no weight for {missing[0]} ({len(missing)} missing in all)")
+    if unexpected:
+        raise CheckpointError(
+            f"{part.name}: unknown weight {unexpected[0]} ({len(unexpected)} unknown in all)"
+        )
+    return module.eval().requires_grad_(False)
