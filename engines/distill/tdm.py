@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +78,19 @@ class Objective:
     tau_gap: int = 10
     huber_c: float = 1e-3
     min_normaliser: float = 1e-2
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # read by `config.DistillConfig`
+
+    def __post_init__(self) -> None:
+        if self.guidance_scale < 1.0 or self.huber_c < 0.0 or self.min_normaliser <= 0.0:
+            raise ValueError(
+                f"guidance_scale must be at least 1, huber_c not negative and min_normaliser positive, got "
+                f"{self.guidance_scale}, {self.huber_c} and {self.min_normaliser}"
+            )
+        if self.tau_floor < 1 or self.tau_gap < 0:
+            raise ValueError(
+                f"tau_floor must be positive, tau_gap not negative, got {self.tau_floor} and {self.tau_gap}"
+            )
 
 
 # Trajectory

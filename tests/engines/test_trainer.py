@@ -1,0 +1,383 @@
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PixArtAlphaPipeline
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engines.denoiser import Conditioning
+from engines.distill.checkpoint import latest_checkpoint, load_checkpoint
+from engines.distill.config import DistillConfig, parse_config, read_config
+from engines.distill.prompts import TextEncoder, load_prompt_bank, load_prompts
+from engines.distill.student import load_teacher, step_aware_copy
+from engines.distill.trainer import Trainer, distill, lr_factor
+from engines.errors import CheckpointError, ConfigError, TrainingError
+from engines.families.pixart import STEPS_EMBEDDING_KEY, load_transformer
+from tests.engines.tiny import MAX_TEXT_TOKENS, make_tiny_checkpoint
+
+PROMPTS = ["a red cube", "a small blue sphere left of a green cone", "a torus"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("teacher"), student=False)
+
+
+def settings(teacher: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("\n\n".join(PROMPTS) + "\n")
+    return {
+        "name": "tiny",
+        "teacher": str(teacher),
+        "out": str(out),
+        "prompts": str(prompts),
+        "iterations": 6,
+        "batch_size": 8,
+        "student_lr": 1e-3,
+        "fake_lr": 3e-3,
+        "steps_lr": 1e-2,
+        "checkpoint_every": 2,
+        "log_every": 2,
+        "num_threads": 1,
+        "device": "cpu",
+    } | changes
+
+
+def config_of(teacher: Path, out: Path, **changes: Any) -> DistillConfig:
+    return parse_config(settings(teacher, out, **changes), "test")
+
+
+def trainer_of(config: DistillConfig) -> Trainer:
+    network, schedule = load_teacher(config.teacher)
+    return Trainer(config, network, schedule, load_prompt_bank(config))
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False)
+
+
+def student_weights(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+# Settings
+
+
+def test_shipped_config_is_valid() -> None:
+    config = read_config(Path(__file__).parents[2] / "engines" / "distill" / "configs" / "scenes.yaml")
+    assert set(config.num_steps) == {1, 2, 4}
+    assert config.fake_lr >= 2 * config.student_lr
+
+
+def test_every_key_at_fault_is_named(tmp_path: Path, teacher: Path) -> None:
+    values = settings(teacher, tmp_path / "out", batchsize=4, iterations=0, objective={"huber": 1.0})
+    with pytest.raises(ConfigError) as error:
+        parse_config(values, "run.yaml")
+    assert all(key in str(error.value) for key in ("run.yaml", "batchsize", "iterations", "objective.huber"))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"default_num_steps": 3}, "default_num_steps 3"),
+        ({"objective": {"guidance_scale": 0.0}}, "guidance_scale"),
+        ({"objective": {"tau_floor": 0}}, "tau_floor"),
+        ({"objective": {"fake_loss": "mse"}}, "fake_loss"),
+        ({"num_steps": {4: -1.0}}, "num_steps"),
+    ],
+)
+def test_values_out_of_range_are_refused(
+    tmp_path: Path, teacher: Path, change: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse_config(settings(teacher, tmp_path / "out", **change), "run.yaml")
+
+
+def test_overrides_win_over_the_file(tmp_path: Path, teacher: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(settings(teacher, tmp_path / "out")))  # JSON is YAML
+    config = read_config(
+        file, ["seed=7", "objective.guidance_scale=3", "num_steps={2: 1.0}", "default_num_steps=2"]
+    )
+    assert (config.seed, config.objective.guidance_scale, config.num_steps) == (7, 3.0, {2: 1.0})
+    with pytest.raises(ConfigError, match="key=value"):
+        read_config(file, ["seed"])
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "\x00"])
+def test_files_that_are_not_settings_are_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        read_config(file)
+    with pytest.raises(ConfigError, match="no such file"):
+        read_config(tmp_path / "missing.yaml")
+
+
+def test_steps_without_room_for_a_tau_are_refused(tmp_path: Path, teacher: Path) -> None:
+    config = config_of(teacher, tmp_path / "out", num_steps={100: 1.0}, default_num_steps=100)
+    with pytest.raises(ConfigError, match="100 steps"):
+        trainer_of(config)
+
+
+def test_learning_rate_rises_holds_and_falls(tmp_path: Path, teacher: Path) -> None:
+    config = config_of(teacher, tmp_path / "out", iterations=100, warmup_iterations=10, decay_share=0.4)
+    factors = [lr_factor(iteration, config) for iteration in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert set(factors[10:60]) == {1.0}
+    assert factors[60:] == sorted(factors[60:], reverse=True)
+    assert factors[-1] == pytest.approx(0.05, abs=0.03)
+
+
+# Prompts
+
+
+def test_prompt_file_needs_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ConfigError, match="no prompt"):
+        load_prompts(tmp_path / "empty.txt", 10, 0)
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_prompts(tmp_path / "missing.txt", 10, 0)
+
+
+def test_demo_prompts_are_captions_that_depend_on_the_seed() -> None:
+    prompts = load_prompts("demo", 20, 3)
+    assert len(prompts) == 20
+    assert prompts == load_prompts("demo", 20, 3) != load_prompts("demo", 20, 4)
+
+
+def test_prompts_are_encoded_as_diffusers_encodes_them(teacher: Path) -> None:
+    pipeline = PixArtAlphaPipeline.from_pretrained(teacher, dtype=torch.float32)
+    text, mask, empty_text, empty_mask = pipeline.encode_prompt(
+        PROMPTS, negative_prompt="", clean_caption=False, max_sequence_length=MAX_TEXT_TOKENS
+    )
+    encode = TextEncoder(teacher)
+    ours, empty = encode(PROMPTS), encode([""])
+    assert encode.max_tokens == MAX_TEXT_TOKENS
+    torch.testing.assert_close(ours.text, text, atol=1e-5, rtol=0)
+    assert torch.equal(ours.mask, mask)
+    torch.testing.assert_close(empty.text, empty_text[:1], atol=1e-5, rtol=0)
+    assert torch.equal(empty.mask, empty_mask[:1])
+
+
+def test_prompt_cache_follows_the_prompts(tmp_path: Path, teacher: Path) -> None:
+    config = config_of(teacher, tmp_path / "out")
+    bank = load_prompt_bank(config)
+    cache = config.out / "prompts.safetensors"
+    written = cache.stat().st_mtime_ns
+    assert torch.equal(load_prompt_bank(config).prompts.text, bank.prompts.text)
+    assert cache.stat().st_mtime_ns == written
+    assert isinstance(config.prompts, Path)
+    config.prompts.write_text("a white cone\n")
+    assert len(load_prompt_bank(config).prompts) == 1
+
+
+# Student
+
+
+def test_untrained_student_is_its_teacher(teacher: Path) -> None:
+    network, _ = load_teacher(teacher)
+    student = step_aware_copy(network, 4, zero_row=4)
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "encoder_hidden_states": torch.ones(2, 20, 32),
+        "timestep": torch.tensor([999, 249]),
+    }
+    sizes = {"resolution": None, "aspect_ratio": None}
+    with torch.no_grad():
+        ours = student(**inputs, added_cond_kwargs={**sizes, "num_steps": torch.tensor([1, 2])}).sample
+        theirs = network(**inputs, added_cond_kwargs=sizes).sample
+    assert torch.equal(ours, theirs)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_student_is_refused_as_teacher(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="student already"):
+        load_teacher(make_tiny_checkpoint(tmp_path, student=True))
+
+
+def test_unsupported_noise_schedule_of_a_teacher_is_named(tmp_path: Path) -> None:
+    directory = make_tiny_checkpoint(
+        tmp_path, student=False, scheduler_config={"beta_schedule": "squaredcos_cap_v2"}
+    )
+    with pytest.raises(CheckpointError, match="squaredcos_cap_v2"):
+        load_teacher(directory)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The out directory of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert distill(config_of(teacher, out), quiet()) == out / "student"
+    return out
+
+
+def test_student_directory_opens_in_diffusers_and_samples_as_its_default(finished: Path) -> None:
+    pipeline = PixArtAlphaPipeline.from_pretrained(finished / "student", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(
+        "a red cube",
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        clean_caption=False,
+        use_resolution_binning=False,
+        output_type="np",
+    )
+    assert output.images.shape == (1, 64, 64, 3)
+
+
+def test_student_json_says_how_to_sample(finished: Path) -> None:
+    student = json.loads((finished / "student" / "student.json").read_text())
+    assert student["num_steps"] == [1, 2, 4]
+    assert student["timesteps"] == {"1": [999], "2": [999, 499], "4": [999, 749, 499, 249]}
+    assert (student["height"], student["width"], student["max_text_tokens"]) == (64, 64, 20)
+    assert student["guidance_scale"] == 1.0
+    assert student["training"]["settings"]["iterations"] == 6
+    assert student["gate"] is None
+
+
+def test_student_ships_fp16_with_a_zero_row_for_its_default_steps(finished: Path, teacher: Path) -> None:
+    weights = student_weights(finished)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    steps = weights[STEPS_EMBEDDING_KEY]
+    assert steps.shape[0] == 5
+    assert not steps[[0, 3, 4]].any()
+    assert steps[1].any()
+    assert steps[2].any()
+    before = load_transformer(teacher).state_dict()["proj_out.weight"]
+    assert not torch.equal(load_transformer(finished / "student").state_dict()["proj_out.weight"], before)
+
+
+def test_metrics_cover_every_step_of_every_k(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [2, 4, 6]
+    seen = {label for line in lines for label in line["distance"]}
+    assert seen == {"1.1", "2.1", "2.2", "4.1", "4.2", "4.3", "4.4"}
+    assert all(math.isfinite(line["fake_loss"]) and line["student_grad_norm"] > 0 for line in lines)
+
+
+def test_old_checkpoints_are_deleted(finished: Path) -> None:
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["00000004", "00000006"]
+
+
+def test_killed_run_resumes_with_the_same_numbers(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(settings(teacher, out, iterations=6, log_every=1)))
+    command = [sys.executable, "-c", _DISTILL, str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.lstrip().startswith("3/6"):  # one iteration beyond a checkpoint
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    newest = latest_checkpoint(out / "checkpoints")
+    assert newest is not None
+    assert newest.name in {"00000002", "00000004"}
+
+    distill(config_of(teacher, out, log_every=1), quiet())
+    expected, resumed = student_weights(finished), student_weights(out)
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+    iterations = [json.loads(line)["iteration"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert iterations == [1, 2, 3, 4, 5, 6]
+
+
+_DISTILL = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from engines.distill.config import read_config
+from engines.distill.trainer import distill
+
+class Flushing:
+    def write(self, text): sys.stdout.write(text); sys.stdout.flush()
+    def flush(self): sys.stdout.flush()
+
+distill(read_config(Path(sys.argv[1])), Console(file=Flushing(), force_terminal=False))
+"""
+
+
+def test_finished_run_only_writes_its_student_again(finished: Path, teacher: Path) -> None:
+    before = student_weights(finished)
+    distill(config_of(teacher, finished), quiet())
+    after = student_weights(finished)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_resuming_with_other_settings_is_refused_by_name(finished: Path, teacher: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"student_lr was 0\.001, now 0\.5"):
+        distill(config_of(teacher, finished, student_lr=0.5), quiet())
+
+
+def test_damaged_checkpoint_is_refused(finished: Path, teacher: Path, tmp_path: Path) -> None:
+    config = config_of(teacher, tmp_path / "out")
+    damaged = tmp_path / "00000006"
+    damaged.mkdir()
+    newest = latest_checkpoint(finished / "checkpoints")
+    assert newest is not None
+    (damaged / "state.json").write_bytes((newest / "state.json").read_bytes())
+    (damaged / "state.safetensors").write_bytes((newest / "state.safetensors").read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(damaged, trainer_of(config).state, config.numerics())
+
+
+def test_non_finite_loss_stops_with_the_state_saved(tmp_path: Path, teacher: Path) -> None:
+    config = config_of(teacher, tmp_path / "out")
+    trainer = trainer_of(config)
+    text = trainer.bank.prompts.text.clone().fill_(math.nan)
+    trainer.bank = type(trainer.bank)(Conditioning(text, trainer.bank.prompts.mask), trainer.bank.uncond, 20)
+    with pytest.raises(TrainingError, match=r"fake_score: loss nan.*iteration 1"):
+        trainer.train(quiet())
+    saved = latest_checkpoint(config.out / "checkpoints")
+    assert saved is not None
+    assert all(tensor.isfinite().all() for tensor in load_file(saved / "state.safetensors").values())
+
+
+class Signalled(Trainer):
+    """Gets a SIGTERM in the middle of each iteration."""
+
+    def step(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().step()
+
+
+def test_stop_signal_finishes_the_iteration_and_saves(tmp_path: Path, teacher: Path) -> None:
+    config = config_of(teacher, tmp_path / "out", checkpoint_every=100)
+    network, schedule = load_teacher(config.teacher)
+    trainer = Signalled(config, network, schedule, load_prompt_bank(config))
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(quiet())
+    assert signal.getsignal(signal.SIGTERM) is handler
+    newest = latest_checkpoint(config.out / "checkpoints")
+    assert newest is not None
+    assert newest.name == "00000001"
+
+
+def test_student_moves_and_teacher_does_not(tmp_path: Path, teacher: Path) -> None:
+    trainer = trainer_of(config_of(teacher, tmp_path / "out", fake_updates=2))
+    before = {key: value.clone() for key, value in trainer.teacher.transformer.state_dict().items()}
+    for _ in range(2):
+        trainer.step()
+        trainer.state.iteration += 1
+    after = trainer.teacher.transformer.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    for network in trainer.state.networks.values():
+        assert not torch.equal(network.state_dict()["proj_out.weight"], before["proj_out.weight"])
+        assert not network.state_dict()[STEPS_EMBEDDING_KEY][4].any()
