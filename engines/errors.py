@@ -52,6 +52,12 @@ class ParityError(EngineError):
     code = "parity_failed"
 
 
+class NonFiniteError(EngineError):
+    """A sample became NaN or infinite; its picture would be garbage."""
+
+    code = "non_finite"
+
+
 class BackendUnavailable(EngineError):  # noqa: N818  (it names a state of the machine)
     """A backend was asked for that this machine or this bundle does not have."""
 

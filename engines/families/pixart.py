@@ -173,6 +173,7 @@ class DenoiseStage(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.step_aware = is_step_aware(transformer)
+        self.dtype = next(transformer.parameters()).dtype
 
     def forward(
         self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor, num_steps: Tensor
@@ -189,12 +190,13 @@ class DenoiseStage(nn.Module):
         Returns:
             (B, C, h, w) float32: noise or velocity, as the checkpoint's scheduler config says.
         """
+        latents = latents.to(self.dtype)
         conditions = size_conditions(self.transformer, latents)
         if self.step_aware:
             conditions["num_steps"] = num_steps
         prediction: Tensor = self.transformer(
             latents,
-            encoder_hidden_states=text,
+            encoder_hidden_states=text.to(self.dtype),
             timestep=timestep,
             encoder_attention_mask=mask,
             added_cond_kwargs=conditions,
@@ -212,6 +214,7 @@ class DecodeStage(nn.Module):
         # only what decoding needs: the encoder is half of the weights
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder.to(memory_format=torch.channels_last)
+        self.dtype = next(vae.decoder.parameters()).dtype
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode.
@@ -222,7 +225,7 @@ class DecodeStage(nn.Module):
         Returns:
             (B, H, W, 3) uint8.
         """
-        latents = (latents / self.scaling_factor).contiguous(memory_format=torch.channels_last)
+        latents = (latents / self.scaling_factor).to(self.dtype, memory_format=torch.channels_last)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         pixels: Tensor = self.decoder(latents)
@@ -309,25 +312,20 @@ def _latent_size(
     return student.height // factor, student.width // factor
 
 
-def load_stage(directory: Path, spec: StageSpec) -> nn.Module:
-    """Load the wrapper of one stage with its weights, in float32.
+def load_stage(directory: Path, spec: StageSpec, dtype: torch.dtype) -> nn.Module:
+    """Load the wrapper of one stage with its weights. What goes in and comes out is as `spec`, whatever `dtype`.
 
     Raises:
         CheckpointError: as `load_transformer`.
     """
     stage: nn.Module
     if spec.name == "text":
-        stage = TextStage(load_text_encoder(directory))
+        stage = TextStage(load_text_encoder(directory, dtype))
     elif spec.name == "denoise":
-        stage = DenoiseStage(load_transformer(directory))
+        stage = DenoiseStage(load_transformer(directory, dtype))
     else:
-        stage = DecodeStage(load_vae(directory))
+        stage = DecodeStage(load_vae(directory, dtype))
     return stage.eval()
 
 
-def clean_prompt(prompt: str) -> str:
-    """What `PixArtAlphaPipeline` does to a prompt, its optional caption cleaning aside."""
-    return prompt.lower().strip()
-
-
-FAMILY = FamilySpec(name="pixart", stages=stages, load_stage=load_stage, clean_prompt=clean_prompt)
+FAMILY = FamilySpec(name="pixart", stages=stages, load_stage=load_stage)

@@ -12,6 +12,7 @@ from engines.errors import CheckpointError
 from engines.families.student import Student
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 FAMILIES = ("pixart",)
@@ -24,15 +25,13 @@ class FamilySpec:
     Attributes:
         name: as in `student.json`.
         stages: read a checkpoint's configs and describe its stages at the student's bucket.
-        load_stage: the wrapper of one stage with its weights: tensors in, one tensor out, float32, eval mode.
+        load_stage: the wrapper of one stage with its weights in a dtype: tensors in, one tensor out, eval mode.
             Only the part of the checkpoint that this stage needs is read.
-        clean_prompt: what the family does to a prompt before it is tokenized.
     """
 
     name: str
     stages: Callable[[Path, Student], Sequence[StageSpec]]
-    load_stage: Callable[[Path, StageSpec], nn.Module]
-    clean_prompt: Callable[[str], str]
+    load_stage: Callable[[Path, StageSpec, torch.dtype], nn.Module]
 
 
 def get_family(name: str) -> FamilySpec:

@@ -65,7 +65,7 @@ def read_student(directory: Path) -> Student:
         raise CheckpointError(f"{directory}: no such directory")
     if not (directory / STUDENT).is_file() and (directory / "model_index.json").is_file():
         raise CheckpointError(
-            f"{STUDENT}: missing from {directory}; a teacher must be distilled first (python -m engines distill)"
+            f"{STUDENT}: missing from {directory}; distil a teacher first (python -m engines distill)"
         )
     data = read_json(directory / STUDENT)
     try:

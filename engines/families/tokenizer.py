@@ -16,6 +16,11 @@ from engines.families.checkpoint import read_json
 TOKENIZER_FILE = "tokenizer.json"
 
 
+def clean_prompt(prompt: str) -> str:
+    """What `PixArtAlphaPipeline` does to every prompt, its optional caption cleaning aside."""
+    return prompt.lower().strip()
+
+
 class PromptTokenizer:
     """Pads and truncates every prompt to one length, as the diffusers pipeline does.
 
@@ -48,7 +53,7 @@ class PromptTokenizer:
         Returns:
             input_ids and mask, both (B, L) int64; mask is 1 for real tokens.
         """
-        encodings = self._tokenizer.encode_batch(list(prompts))
+        encodings = self._tokenizer.encode_batch([clean_prompt(prompt) for prompt in prompts])
         input_ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64)
         return input_ids, mask
