@@ -35,7 +35,8 @@ class EmbeddedValkey:
     The owner takes an flock on `<data_dir>/valkey/lock` and its server inherits it, so the lock is held
     exactly as long as anyone may still write the append-only file. Who cannot get the lock joins. Different
     data directories share nothing, not even a port: the server listens on a unix socket only. On Linux the
-    server ends with the thread that started it, so call `start` from one that lives as long.
+    kernel kills the server with the thread that started it, so call `start` from one that lives as long; the
+    append-only file makes that safe, and it leaves no dying server for the next owner to join.
     """
 
     def __init__(self, data_dir: Path | str, *, maxmemory: str = "1gb", appendfsync: str = "always") -> None:
@@ -157,7 +158,7 @@ class EmbeddedValkey:
         return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:]) if log.exists() else ""
 
 
-def die_with_parent(signal_number: int = signal.SIGTERM) -> Callable[[], None]:
+def die_with_parent(signal_number: int = signal.SIGKILL) -> Callable[[], None]:
     """A `preexec_fn` that has the kernel send `signal_number` to the child when the starting thread ends.
 
     Does nothing where the kernel lacks PR_SET_PDEATHSIG (anything but Linux).

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from server.job import Job
-from server.queue.records import EnqueueResult, QueueStats
+from redis.exceptions import OutOfMemoryError, RedisError
 
+from server.job import TERMINAL, Job, Priority, model_tag
+from server.queue.connection import connect_async, system_now_ms
+from server.queue.leases import class_prefix
+from server.queue.records import EnqueueResult, EnqueueStatus, QueueStats, dump_request, load_job, load_worker
+from server.queue.scripts import VERBS, script
 
-def system_now_ms() -> int:
-    """Unix time in ms."""
-    return time.time_ns() // 1_000_000
+log = logging.getLogger(__name__)
+
+MAX_KEY_CHARS = 255
+IDEMPOTENCY_TTL_MS = 24 * 3600 * 1000
+SWEEP_S = 5.0
+# After its deadline a running job's worker has this long to say so, or to complete, before the sweep ends it.
+DEADLINE_GRACE_MS = 30_000
+READ_BLOCK_MS = 2_000
+MODELS_KEY = "q:models"
 
 
 class JobQueue:
     """All queue classes of one Redis, as one api process sees them. One instance per event loop.
 
-    Raises `redis.exceptions.RedisError` (ConnectionError, TimeoutError, ...) where Redis cannot be reached.
+    All verbs raise `redis.exceptions.RedisError` (ConnectionError, TimeoutError, ...) where Redis cannot be
+    reached.
     """
 
     def __init__(
@@ -30,7 +46,7 @@ class JobQueue:
         result_ttl_s: int = 86_400,
         clock: Callable[[], int] = system_now_ms,
     ) -> None:
-        """Connects lazily: nothing is sent before the first verb.
+        """Connects with the first verb.
 
         Args:
             url: redis://, rediss:// or unix:// URL of Redis 7.0+ or Valkey 8+.
@@ -39,47 +55,199 @@ class JobQueue:
             result_ttl_s: how long the record of a finished job is kept.
             clock: unix ms.
         """
-        raise NotImplementedError
+        self._redis = connect_async(url)
+        self._scripts = {verb: self._redis.register_script(script(verb)) for verb in VERBS}
+        self._max_waiting = max_waiting
+        self._max_live_per_tenant = max_live_per_tenant or 0
+        self._result_ttl_ms = result_ttl_s * 1000
+        self._clock = clock
+        self._boot = secrets.token_hex(8)  # names this process's reply streams
+        self._known: set[str] = set()
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the sweep; reply readers start with the first job of their class."""
-        raise NotImplementedError
+        """Start the sweep; the reader of a class's replies starts with the first wait for one of its jobs."""
+        self._sweeper = asyncio.create_task(self._sweep_forever(), name="queue sweep")
 
     async def close(self) -> None:
-        """Stop the background tasks and disconnect. Waiting futures are cancelled."""
-        raise NotImplementedError
+        """Stop the background tasks, cancel whoever still waits, and disconnect."""
+        tasks = {*self._readers.values(), *([self._sweeper] if self._sweeper else [])}
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            # Again and again: before Python 3.12 asyncio.wait_for, inside redis-py, can swallow a cancel.
+            _, tasks = await asyncio.wait(tasks, timeout=0.1)
+        for future in [future for futures in self._waiters.values() for future in futures]:
+            future.cancel()
+        await self._redis.aclose()
 
     async def ping(self) -> None:
         """Return if Redis answers, else raise its error."""
-        raise NotImplementedError
+        await self._redis.ping()
 
     async def enqueue(self, job: Job, *, idempotency_key: str | None = None) -> EnqueueResult:
-        """Accept `job` or say why not, atomically. With OK the job has reached Redis's append-only file.
+        """Accept `job` or say why not, atomically.
 
+        Args:
+            job: queued, from `new_job`. The same job again is OK and changes nothing.
+            idempotency_key: scoped to the job's tenant and class, kept for 24 h. The same key with the same
+                fingerprint gives DUP and the job it already has, with another fingerprint MISMATCH.
         Raises:
             ValueError: request larger than 64 KiB, or key longer than 255 characters.
         """
-        raise NotImplementedError
+        if idempotency_key is not None and not 0 < len(idempotency_key) <= MAX_KEY_CHARS:
+            raise ValueError(
+                f"idempotency key of {len(idempotency_key)} characters: 1 to {MAX_KEY_CHARS} allowed"
+            )
+        await self._know(job.model)
+        try:
+            status, job_id, position = await self._call(
+                "enqueue",
+                job.model,
+                *(job.id, job.tenant, job.priority, job.kind, dump_request(job.request), job.fingerprint),
+                *(job.created_ms, job.deadline_ms, self._result_ttl_ms, job.traceparent or "", self._boot),
+                *(_digest(idempotency_key), IDEMPOTENCY_TTL_MS, self._max_waiting, self._max_live_per_tenant),
+            )
+        except OutOfMemoryError:
+            return EnqueueResult(status=EnqueueStatus.MEMORY)
+        return EnqueueResult(status=EnqueueStatus(status), job_id=job_id or None, position=int(position))
 
     async def get(self, job_id: str) -> Job | None:
         """The job, or None where no such id is (any longer) known."""
-        raise NotImplementedError
+        for model in await self._models_of(job_id):
+            fields: Any = await self._redis.hgetall(f"{class_prefix(model)}:j:{job_id}")
+            if fields:
+                return load_job(model, job_id, fields)
+        return None
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel at once while queued, at the next step boundary while running. Returns the job as it is."""
-        raise NotImplementedError
+        for model in await self._models_of(job_id):
+            await self._call("cancel", model, job_id, self._clock())
+        return await self.get(job_id)
 
     async def wait(self, job_id: str, timeout_s: float) -> Job | None:
         """The job once it is finished, or as it stands after `timeout_s`; None for an unknown id."""
-        raise NotImplementedError
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(job_id, set()).add(future)
+        try:
+            if await self._watch(job_id):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s):
+                        await future
+        finally:
+            self._waiters[job_id].discard(future)
+            if not self._waiters[job_id]:
+                del self._waiters[job_id]
+        return await self.get(job_id)
 
     async def stats(self, model: str) -> QueueStats:
         """Counts of one class and its live workers."""
-        raise NotImplementedError
+        prefix, now_ms = class_prefix(model), self._clock()
+        pipeline = self._redis.pipeline(transaction=False)
+        for priority in Priority:
+            pipeline.zcard(f"{prefix}:n:{priority}")
+        for priority in Priority:
+            pipeline.zrange(f"{prefix}:n:{priority}", 0, 0, withscores=True)
+        pipeline.zcard(f"{prefix}:live")
+        pipeline.xlen(f"{prefix}:dead")
+        pipeline.zrangebyscore(f"{prefix}:alive", f"({now_ms}", "+inf")
+        pipeline.hgetall(f"{prefix}:w")
+        replies: list[Any] = await pipeline.execute()
+        num = len(Priority)
+        waiting = dict(zip(Priority, replies[:num], strict=True))
+        oldest = [score for first in replies[num : 2 * num] for _, score in first]
+        live, dead, alive, infos = replies[2 * num :]
+        return QueueStats(
+            waiting=waiting,
+            running=live - sum(waiting.values()),
+            oldest_age_ms=max(0, now_ms - int(min(oldest))) if oldest else 0,
+            dead=dead,
+            workers=tuple(load_worker(infos[consumer]) for consumer in alive if consumer in infos),
+        )
 
     async def models(self) -> dict[str, Mapping[str, Any]]:
         """Every model a worker has ever announced here: name -> its bundle's manifest.json, as a dict.
 
         A model stays known while no worker serves it, so its jobs can wait.
         """
-        raise NotImplementedError
+        manifests: Any = await self._redis.hgetall(MODELS_KEY)
+        self._known |= manifests.keys()
+        return {name: json.loads(text) for name, text in manifests.items() if text}
+
+    async def _know(self, model: str) -> None:
+        """Note a class where every api process finds it when it sees one of its job ids."""
+        if model not in self._known:
+            await self._redis.hsetnx(MODELS_KEY, model, "")
+            self._known.add(model)
+
+    async def _models_of(self, job_id: str) -> list[str]:
+        """The classes whose tag the id ends with: one, unless two names share their 16 bits."""
+        tag = job_id[-4:]
+        found = [model for model in self._known if model_tag(model) == tag]
+        if not found:
+            await self.models()
+            found = [model for model in self._known if model_tag(model) == tag]
+        return found
+
+    async def _watch(self, job_id: str) -> bool:
+        """Have this process told when the job ends; False if there is nothing to wait for."""
+        for model in await self._models_of(job_id):
+            if model not in self._readers:
+                name = f"queue replies {model}"
+                self._readers[model] = asyncio.create_task(self._read_replies(model), name=name)
+            status = await self._call("watch", model, job_id, self._boot)
+            if status is not None:
+                return status not in TERMINAL
+        return False
+
+    async def _read_replies(self, model: str) -> None:
+        """Wake the waiters of one class, for as long as this process lives."""
+        stream, last = f"{class_prefix(model)}:r:{self._boot}", "0-0"
+        while True:
+            try:
+                reply: Any = await self._redis.xread({stream: last}, block=READ_BLOCK_MS)
+            except RedisError as error:
+                log.warning("reply stream of %s: %s; reading on from %s", model, error, last)
+                await asyncio.sleep(0.5)
+                continue
+            for _, entries in reply:
+                for entry, fields in entries:
+                    self._wake(fields["id"])
+                    last = entry
+
+    def _wake(self, job_id: str) -> None:
+        for future in self._waiters.get(job_id, ()):
+            if not future.done():
+                future.set_result(None)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                await self.sweep()
+            except RedisError as error:
+                log.warning("queue sweep: %s", error)
+
+    async def sweep(self) -> None:
+        """End jobs past their deadline, and wake the waiters of ended jobs whose reply got lost.
+
+        Runs by itself every SWEEP_S seconds.
+        """
+        await self.models()
+        for model in self._known:
+            await self._redis.hsetnx(MODELS_KEY, model, "")  # again, should Redis have lost its data
+            await self._call("expire", model, self._clock(), DEADLINE_GRACE_MS, 1000)
+        for job_id in list(self._waiters):
+            job = await self.get(job_id)
+            if job is None or job.finished:
+                self._wake(job_id)
+
+    async def _call(self, verb: str, model: str, *args: str | int) -> Any:
+        return await self._scripts[verb](keys=[class_prefix(model)], args=args)
+
+
+def _digest(idempotency_key: str | None) -> str:
+    return hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key is not None else ""

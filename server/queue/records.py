@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
@@ -102,9 +102,14 @@ def dump_request(request: Mapping[str, Any]) -> str:
     return text
 
 
-def dump_outputs(outputs: tuple[OutputRef, ...]) -> str:
+def dump_outputs(outputs: Sequence[OutputRef]) -> str:
     """JSON form of a job's outputs."""
     return json.dumps([asdict(output) for output in outputs])
+
+
+def dump_error(error: JobError) -> str:
+    """JSON form of a job's error."""
+    return json.dumps(asdict(error))
 
 
 def load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:

@@ -1,0 +1,29 @@
+-- finish: the only road to a terminal state. `fields` is a flat list of hash fields to set with it.
+local reply_ttl_ms = 3600 * 1000
+
+local function finish(id, status, now, fields)
+  local key = job_key(id)
+  local pr, tn, ent, rp, ttl = unpack(redis.call("HMGET", key, "pr", "tn", "ent", "rp", "ttl"))
+  redis.call("HSET", key, "st", status, "end", now, unpack(fields))
+  redis.call("HDEL", key, "ent", "cx")
+  redis.call("PEXPIRE", key, ttl)
+  redis.call("ZREM", waiting_key(pr), id)
+  redis.call("ZREM", live, id)
+  redis.call("ZREM", inflight_key(tn), id)
+  if ent then drop_entry(ent) end
+  for boot in string.gmatch(rp, "%S+") do
+    local replies = q .. ":r:" .. boot
+    redis.call("XADD", replies, "MAXLEN", "~", 10000, "*", "id", id, "st", status)
+    redis.call("PEXPIRE", replies, reply_ttl_ms)
+  end
+  pump()
+end
+
+local function finish_deadline(id, now)
+  local message = "the deadline passed before the job was finished"
+  finish(id, "failed", now, {"err", error_json("deadline", message)})
+end
+
+local function finish_cancelled(id, now)
+  finish(id, "cancelled", now, {"err", error_json("cancelled", "cancelled on request")})
+end

@@ -1,0 +1,33 @@
+-- Names every verb uses. KEYS[1] is the prefix of the class, "q:{class}": the hash tag keeps all of its keys in
+-- one cluster slot, so a script may derive the others from it. Field and key meanings: server/README.md.
+local q = KEYS[1]
+local stream = q .. ":s"
+local group = "w"
+local live = q .. ":live"
+local alive = q .. ":alive"
+local workers = q .. ":w"
+local pump_state = q .. ":pump"
+local dead = q .. ":dead"
+local priorities = {"high", "normal", "low"}
+local terminal = {done = true, failed = true, cancelled = true}
+
+local function job_key(id) return q .. ":j:" .. id end
+local function waiting_key(priority) return q .. ":n:" .. priority end
+local function ring_key(priority) return q .. ":ring:" .. priority end
+local function tenant_key(priority, tenant) return q .. ":t:" .. priority .. ":" .. tenant end
+local function inflight_key(tenant) return q .. ":f:" .. tenant end
+
+-- True while `consumer` holds the lease on `entry`. The pending entries list is the only truth about leases: after
+-- a reclaim it names the new owner, whatever a frozen worker still believes.
+local function owns(consumer, entry)
+  local pending = redis.pcall("XPENDING", stream, group, entry, entry, 1)
+  return not pending.err and pending[1] ~= nil and pending[1][2] == consumer
+end
+
+-- Take an entry out of the dispatch window.
+local function drop_entry(entry)
+  redis.call("XACK", stream, group, entry)
+  redis.call("XDEL", stream, entry)
+end
+
+local function error_json(code, message) return cjson.encode({code = code, message = message}) end

@@ -1,0 +1,13 @@
+#!lua flags=allow-oom
+-- expire: fail jobs whose deadline passed: queued ones at once, running ones after `grace` ms, in which their
+-- worker does it or completes. Ends what no worker is left to end. -> ids that were ended
+local now, grace, limit = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local ended = {}
+for _, id in ipairs(redis.call("ZRANGEBYSCORE", live, "-inf", now, "LIMIT", 0, limit)) do
+  local st, dl = unpack(redis.call("HMGET", job_key(id), "st", "dl"))
+  if st == "queued" or st == "running" and tonumber(dl) + grace <= now then
+    finish_deadline(id, now)
+    ended[#ended + 1] = id
+  end
+end
+return ended

@@ -1,0 +1,34 @@
+#!lua flags=allow-oom
+-- start: begin the next attempt of a leased job. -> {"run", field, value, ...} | {"drop", why} | {"lost"}
+local consumer, entry, id, now, max_attempts = unpack(ARGV)
+if not owns(consumer, entry) then return {"lost"} end -- else a worker frozen since its read would rob the new owner
+
+local key = job_key(id)
+local st, ent, own, at, dl, cx = unpack(redis.call("HMGET", key, "st", "ent", "own", "at", "dl", "cx"))
+if not st or terminal[st] or ent ~= entry then
+  drop_entry(entry)
+  return {"drop", terminal[st] and st or "unknown"}
+end
+if cx then
+  finish_cancelled(id, now)
+  return {"drop", "cancelled"}
+end
+if tonumber(now) >= tonumber(dl) then
+  finish_deadline(id, now)
+  return {"drop", "deadline"}
+end
+-- The same consumer is the same process life: it asks again because our reply was lost. Nobody died.
+local again = st == "running" and own == consumer
+if not again then
+  if tonumber(at) >= tonumber(max_attempts) then
+    local err = error_json("poison", "the worker died in each of its " .. at .. " attempts")
+    local tn, pr, req = unpack(redis.call("HMGET", key, "tn", "pr", "req"))
+    redis.call("XADD", dead, "MAXLEN", "~", 10000, "*", "id", id, "at", at, "err", err, "tn", tn, "pr", pr,
+      "req", req, "own", own or "", "end", now)
+    finish(id, "failed", now, {"err", err})
+    return {"drop", "poison"}
+  end
+  redis.call("HSET", key, "st", "running", "own", consumer, "beg", now, "at", at + 1, "pg", 0)
+  redis.call("ZREM", waiting_key(redis.call("HGET", key, "pr")), id)
+end
+return {"run", unpack(redis.call("HGETALL", key))}

@@ -1,0 +1,176 @@
+"""Real Redis servers for the tests: the embedded Valkey, and Debian's redis-server where installed."""
+
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import redis
+
+from server.job import Job, Priority, new_job
+from server.queue.connection import connect
+from server.queue.embedded import EmbeddedValkey, die_with_parent
+from server.queue.leases import GROUP, WorkerQueue
+from server.queue.queue import JobQueue
+from server.queue.records import WorkerInfo
+
+MODEL = "scenes"
+STREAM = f"q:{{{MODEL}}}:s"
+
+T = TypeVar("T")
+
+
+def poll(look: Callable[[], T], *, timeout_s: float = 30.0) -> T:
+    """The first truthy answer of `look`."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"still {found!r} after {timeout_s} s"
+        time.sleep(0.01)  # the pace of the polling, not a synchronisation
+    return found
+
+
+class Clock:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now_ms = 1_800_000_000_000
+
+    def __call__(self) -> int:
+        return self.now_ms
+
+
+@pytest.fixture(scope="session")
+def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The embedded Valkey; it need not sync each write to disk, no test cuts the power."""
+    with EmbeddedValkey(tmp_path_factory.mktemp("valkey"), appendfsync="everysec") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def debian_redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Debian's redis-server: the oldest version we serve, and not Valkey."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed (apt install redis-server)")
+    folder = tmp_path_factory.mktemp("redis")
+    socket = folder / "redis.sock"
+    options = [
+        "--appendonly",
+        "yes",
+        "--save",
+        "",
+        "--maxmemory-policy",
+        "noeviction",
+    ]
+    process = subprocess.Popen(
+        [binary, "--port", "0", "--unixsocket", str(socket), "--dir", str(folder), *options],
+        stdout=subprocess.DEVNULL,
+        preexec_fn=die_with_parent(),  # noqa: PLW1509 - one prctl call, looked up before the fork
+    )
+    poll(socket.exists)
+    yield f"unix://{socket}"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def redis_url(request: pytest.FixtureRequest) -> str:
+    """Each server in turn, emptied and with its default limits."""
+    url: str = request.getfixturevalue({"valkey": "valkey_url", "redis": "debian_redis_url"}[request.param])
+    client = connect(url)
+    client.flushall()
+    client.config_set("maxmemory", 0)
+    client.close()
+    return url
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    """A plain client, to look behind the verbs."""
+    client = connect(redis_url)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def queue(redis_url: str, clock: Clock) -> AsyncIterator[JobQueue]:
+    """An api process's queue, without its periodic sweep: tests call `sweep` themselves."""
+    queue = JobQueue(redis_url, clock=clock)
+    yield queue
+    await queue.close()
+
+
+@pytest.fixture
+def make_worker(redis_url: str, clock: Clock) -> Iterator[Callable[..., WorkerQueue]]:
+    """Worker queues, announced unless told otherwise."""
+    made: list[WorkerQueue] = []
+
+    def make(name: str = "w1", *, max_batch: int = 8, announce: bool = True) -> WorkerQueue:
+        worker = WorkerQueue(redis_url, model=MODEL, consumer=name, clock=clock)
+        made.append(worker)
+        if announce:
+            worker.beat(worker_info(name, max_batch=max_batch), "{}")
+        return worker
+
+    yield make
+    for worker in made:
+        worker.close()
+
+
+@pytest.fixture
+def new(clock: Clock) -> Callable[..., Job]:
+    """Queued jobs as the api makes them."""
+
+    def make(
+        prompt: str = "a red cube",
+        *,
+        tenant: str = "public",
+        priority: Priority = Priority.NORMAL,
+        deadline_s: float = 60,
+        **request: Any,
+    ) -> Job:
+        return new_job(
+            kind="image",
+            model=MODEL,
+            request={"prompt": prompt, "n": 1, "seed": 7, **request},
+            now_ms=clock.now_ms,
+            deadline_ms=clock.now_ms + int(deadline_s * 1000),
+            tenant=tenant,
+            priority=priority,
+        )
+
+    return make
+
+
+def worker_info(name: str, *, max_batch: int = 8) -> WorkerInfo:
+    return WorkerInfo(
+        id=name,
+        model=MODEL,
+        kind="image",
+        version="0123456789ab",
+        backend="eager",
+        max_batch=max_batch,
+        pid=1,
+        host="here",
+        started_ms=0,
+    )
+
+
+def let_leases_lapse(client: redis.Redis, idle_ms: int = 60_000) -> None:
+    """Make every lease as old as if nobody had extended it for `idle_ms`."""
+    pending: Any = client.xpending_range(STREAM, GROUP, "-", "+", 1000)
+    for entry in pending:
+        client.xclaim(STREAM, GROUP, entry["consumer"], 0, [entry["message_id"]], idle=idle_ms, justid=True)
+
+
+def socket_of(url: str) -> Path:
+    """The unix socket behind a `unix://` URL."""
+    return Path(url.removeprefix("unix://"))

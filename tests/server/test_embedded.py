@@ -1,0 +1,132 @@
+"""The embedded Valkey under the accidents that a laptop has: kills, second starts, long paths."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.queue.connection import connect
+from server.queue.embedded import EmbeddedValkey, EmbeddedValkeyError
+from tests.server.conftest import poll
+
+OWNER = textwrap.dedent("""
+    import sys
+    from server.queue.embedded import EmbeddedValkey
+    server = EmbeddedValkey(sys.argv[1])
+    print(server.start(), server.pid, flush=True)
+    sys.stdin.read()
+    server.stop()
+""")
+
+
+@contextmanager
+def owner_process(data_dir: Path) -> Iterator[tuple["subprocess.Popen[str]", str, int]]:
+    """A process that runs a server until its stdin closes; with the server's URL and pid."""
+    command = [sys.executable, "-c", OWNER, str(data_dir)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        url, pid = owner.stdout.readline().split()
+        yield owner, url, int(pid)
+
+
+def put(url: str, key: str, value: str) -> None:
+    client = connect(url)
+    client.set(key, value)
+    client.close()
+
+
+def get(url: str, key: str) -> str | None:
+    client = connect(url)
+    value = client.get(key)
+    client.close()
+    return str(value) if value is not None else None
+
+
+def running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_it_keeps_every_write_and_evicts_nothing(tmp_path: Path) -> None:
+    with EmbeddedValkey(tmp_path, maxmemory="64mb") as server:
+        client = connect(server.url)
+        settings = client.config_get("appendonly", "appendfsync", "maxmemory", "maxmemory-policy", "port")
+        client.close()
+    assert settings == {
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "maxmemory": str(64 * 1024**2),
+        "maxmemory-policy": "noeviction",
+        "port": "0",
+    }
+    assert not server.alive()
+
+
+def test_acknowledged_writes_survive_a_kill_and_start_runs_it_again(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path)
+    put(server.start(), "a", "1")
+    first = server.pid
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    poll(lambda: not server.alive())
+    assert get(server.start(), "a") == "1"
+    assert server.pid != first
+    server.stop()
+
+
+def test_second_one_on_the_same_directory_joins_and_leaves_it_running(tmp_path: Path) -> None:
+    with EmbeddedValkey(tmp_path) as first:
+        second = EmbeddedValkey(tmp_path)
+        assert second.start() == first.url
+        assert (first.owned, second.owned) == (True, False)
+        second.stop()
+        assert first.alive()
+
+
+def test_two_directories_are_two_servers(tmp_path: Path) -> None:
+    with EmbeddedValkey(tmp_path / "a") as a, EmbeddedValkey(tmp_path / "b") as b:
+        put(a.url, "whose", "a")
+        assert get(b.url, "whose") is None
+
+
+def test_server_dies_with_its_killed_parent_and_its_data_can_be_taken_over(tmp_path: Path) -> None:
+    with owner_process(tmp_path) as (owner, url, pid):
+        put(url, "a", "1")
+        owner.kill()
+        owner.wait()
+        with EmbeddedValkey(tmp_path) as heir:
+            assert heir.owned
+            assert not running(pid)
+            assert get(heir.url, "a") == "1"
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_the_server(tmp_path: Path) -> None:
+    with owner_process(tmp_path) as (owner, _, pid):
+        assert os.getpgid(pid) != os.getpgid(owner.pid)
+        owner.communicate()  # closes stdin: an orderly end
+        assert not running(pid)
+
+
+def test_path_too_long_for_a_socket_works_too(tmp_path: Path) -> None:
+    with EmbeddedValkey(tmp_path / ("long" * 30)) as server:
+        assert len(str(server.socket_path)) < 100
+        assert (server.socket_path.parent.stat().st_mode & 0o777) == 0o700
+        put(server.url, "a", "1")
+
+
+def test_damaged_data_is_reported_with_the_server_s_own_words(tmp_path: Path) -> None:
+    with EmbeddedValkey(tmp_path) as server:
+        put(server.url, "a", "1")
+    (manifest,) = (tmp_path / "valkey" / "appendonlydir").glob("*.manifest")
+    manifest.write_text("nonsense\n")
+    with pytest.raises(EmbeddedValkeyError, match=r"(?s)exit code 1.*manifest"):
+        EmbeddedValkey(tmp_path).start()

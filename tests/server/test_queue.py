@@ -1,0 +1,706 @@
+"""The queue's verbs against real servers: what a job may do, whoever asks and however often."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+
+from server.job import Job, JobError, JobStatus, OutputRef, Priority
+from server.queue.leases import MAX_ATTEMPTS, Lease, Settled, Verdict, WorkerQueue
+from server.queue.queue import DEADLINE_GRACE_MS, JobQueue
+from server.queue.records import EnqueueStatus
+from server.queue.scripts import VERBS, script
+from tests.server.conftest import MODEL, STREAM, Clock, let_leases_lapse, worker_info
+
+NewJob = Callable[..., Job]
+MakeWorker = Callable[..., WorkerQueue]
+
+OUTPUT = OutputRef(
+    key="results/x/1-0.png", content_type="image/png", size_bytes=9, width=64, height=64, frames=1, seed=7
+)
+TIMING = {"queue": 1.5, "denoise": 20.0}
+ERROR = JobError(code="generation_failed", message="no")
+
+
+def lease_one(worker: WorkerQueue) -> Lease:
+    (lease,) = worker.read(1)
+    return lease
+
+
+def start_one(worker: WorkerQueue, lease: Lease) -> Job:
+    (started,) = worker.start([lease])
+    assert started.job is not None, started.dropped
+    return started.job
+
+
+def dropped(worker: WorkerQueue, lease: Lease) -> str:
+    (started,) = worker.start([lease])
+    assert started.job is None
+    return started.dropped
+
+
+def all_keys(client: redis.Redis) -> set[str]:
+    keys: Any = client.keys()
+    return set(keys)
+
+
+def dead_letters(client: redis.Redis) -> list[dict[str, str]]:
+    entries: Any = client.xrange(f"q:{{{MODEL}}}:dead")
+    return [letter for _, letter in entries]
+
+
+# enqueue
+
+
+async def test_accepted_job_reads_back_as_it_was(queue: JobQueue, new: NewJob) -> None:
+    job = new("ein roter Würfel", tenant="t1", priority=Priority.HIGH)
+    result = await queue.enqueue(job)
+    assert (result.status, result.job_id, result.position) == (EnqueueStatus.OK, job.id, 0)
+    assert await queue.get(job.id) == job
+
+
+async def test_enqueue_repeated_after_a_lost_reply_adds_nothing(queue: JobQueue, new: NewJob) -> None:
+    job = new()
+    for _ in range(2):
+        assert (await queue.enqueue(job)).status is EnqueueStatus.OK
+    assert (await queue.stats(MODEL)).total_waiting == 1
+
+
+async def test_same_key_and_body_is_the_same_job(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker
+) -> None:
+    first, second = new(), new()
+    await queue.enqueue(first, idempotency_key="k")
+    while_queued = await queue.enqueue(second, idempotency_key="k")
+    worker = make_worker()
+    job = start_one(worker, lease_one(worker))
+    worker.complete(job, [OUTPUT], TIMING)
+    when_done = await queue.enqueue(new(), idempotency_key="k")
+    assert (while_queued.status, while_queued.job_id) == (EnqueueStatus.DUP, first.id)
+    assert (when_done.status, when_done.job_id) == (EnqueueStatus.DUP, first.id)
+    assert await queue.get(second.id) is None
+
+
+async def test_same_key_with_another_body_is_a_mismatch(queue: JobQueue, new: NewJob) -> None:
+    await queue.enqueue(new("a cube"), idempotency_key="k")
+    result = await queue.enqueue(new("a ball"), idempotency_key="k")
+    assert result.status is EnqueueStatus.MISMATCH
+    assert (await queue.stats(MODEL)).total_waiting == 1
+
+
+async def test_keys_of_two_tenants_do_not_meet(queue: JobQueue, new: NewJob) -> None:
+    await queue.enqueue(new("a cube", tenant="a"), idempotency_key="k")
+    result = await queue.enqueue(new("a ball", tenant="b"), idempotency_key="k")
+    assert result.status is EnqueueStatus.OK
+
+
+async def test_refused_job_leaves_its_key_free(redis_url: str, new: NewJob) -> None:
+    queue = JobQueue(redis_url, max_waiting=1)
+    await queue.enqueue(new())
+    assert (await queue.enqueue(new(), idempotency_key="k")).status is EnqueueStatus.QUEUE_FULL
+    await queue.close()
+    roomier = JobQueue(redis_url, max_waiting=2)
+    assert (await roomier.enqueue(new("another"), idempotency_key="k")).status is EnqueueStatus.OK
+    await roomier.close()
+
+
+async def test_full_class_refuses_until_a_job_starts(
+    redis_url: str, new: NewJob, make_worker: MakeWorker
+) -> None:
+    queue = JobQueue(redis_url, max_waiting=2)
+    statuses = [(await queue.enqueue(new())).status for _ in range(3)]
+    assert statuses == [EnqueueStatus.OK, EnqueueStatus.OK, EnqueueStatus.QUEUE_FULL]
+    worker = make_worker()
+    start_one(worker, lease_one(worker))
+    assert (await queue.enqueue(new())).status is EnqueueStatus.OK
+    await queue.close()
+
+
+async def test_tenant_cap_counts_running_jobs_and_no_other_tenant(
+    redis_url: str, new: NewJob, make_worker: MakeWorker
+) -> None:
+    queue = JobQueue(redis_url, max_live_per_tenant=1)
+    await queue.enqueue(new(tenant="a"))
+    worker = make_worker()
+    job = start_one(worker, lease_one(worker))
+    assert (await queue.enqueue(new(tenant="a"))).status is EnqueueStatus.TENANT_FULL
+    assert (await queue.enqueue(new(tenant="b"))).status is EnqueueStatus.OK
+    worker.complete(job, [], {})
+    assert (await queue.enqueue(new(tenant="a"))).status is EnqueueStatus.OK
+    await queue.close()
+
+
+@pytest.mark.parametrize("maxmemory", ["nearly", "over"])
+async def test_full_redis_refuses_new_jobs_and_finishes_the_old(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis, maxmemory: str
+) -> None:
+    for _ in range(3):
+        await queue.enqueue(new())
+    worker = make_worker()
+    running, cancelled, waiting = worker.read(3)
+    job = start_one(worker, running)
+    used = int(client.info("memory")["used_memory"])
+    client.config_set("maxmemory", used + used // 10 if maxmemory == "nearly" else used // 2)
+
+    assert (await queue.enqueue(new())).status is EnqueueStatus.MEMORY
+    assert worker.extend({running: 50}) == {running: Verdict.OK}
+    assert worker.complete(job, [OUTPUT], TIMING) is Settled.OK
+    await queue.cancel(cancelled.job_id)
+    assert dropped(worker, cancelled) == "lost"
+    failing = start_one(worker, waiting)
+    assert worker.fail(failing, ERROR, {}) is Settled.OK
+    done = await queue.wait(job.id, 5)
+    assert done is not None
+    assert done.status is JobStatus.DONE
+
+
+async def test_oversized_request_and_key_are_refused(queue: JobQueue, new: NewJob) -> None:
+    with pytest.raises(ValueError, match="at most 65536"):
+        await queue.enqueue(new("x" * 70_000))
+    with pytest.raises(ValueError, match="1 to 255"):
+        await queue.enqueue(new(), idempotency_key="k" * 256)
+
+
+async def test_unknown_ids_are_none(queue: JobQueue, new: NewJob) -> None:
+    await queue.enqueue(new())
+    for job_id in (new().id, "img_", "", "no/such:id"):
+        assert await queue.get(job_id) is None
+        assert await queue.wait(job_id, 5) is None
+        assert await queue.cancel(job_id) is None
+
+
+async def test_another_api_process_finds_a_job_by_its_id_alone(
+    queue: JobQueue, redis_url: str, new: NewJob
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    other = JobQueue(redis_url)
+    assert await other.get(job.id) == job
+    await other.close()
+
+
+# order
+
+
+async def test_late_tenant_is_served_between_the_jobs_of_an_early_one(
+    redis_url: str, new: NewJob, make_worker: MakeWorker
+) -> None:
+    queue = JobQueue(redis_url, max_waiting=1000)
+    for tenant, count in (("a", 200), ("b", 10)):
+        for _ in range(count):
+            await queue.enqueue(new(tenant=tenant))
+    served = []
+    worker = make_worker()
+    while leases := worker.read(4):
+        for lease in leases:
+            job = start_one(worker, lease)
+            served.append(job.tenant)
+            worker.complete(job, [], {})
+    assert Counter(served) == {"a": 200, "b": 10}
+    assert max(i for i, tenant in enumerate(served) if tenant == "b") < 50
+    await queue.close()
+
+
+async def test_priorities_share_by_weight_and_none_starves(
+    redis_url: str, new: NewJob, make_worker: MakeWorker
+) -> None:
+    queue = JobQueue(redis_url, max_waiting=1000)
+    worker = make_worker(max_batch=1)
+    for priority in Priority:
+        for _ in range(90):
+            await queue.enqueue(new(priority=priority))
+    served = []
+    while leases := worker.read(1):
+        job = start_one(worker, leases[0])
+        served.append(job.priority)
+        worker.complete(job, [], {})
+    first = Counter(served[2:98])  # the first two were in the window before the others came
+    assert first == {Priority.HIGH: 64, Priority.NORMAL: 24, Priority.LOW: 8}
+    assert len(served) == 270
+    await queue.close()
+
+
+async def test_window_holds_two_batches_of_every_live_worker(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    for _ in range(60):
+        await queue.enqueue(new())
+    worker, other = make_worker("w1", max_batch=4), make_worker("w2", max_batch=8)
+    assert client.xlen(STREAM) == 24
+    other.leave()
+    for lease in worker.read(20):
+        worker.complete(start_one(worker, lease), [], {})
+    assert client.xlen(STREAM) == 8
+
+
+# finishing
+
+
+async def test_job_runs_and_its_waiter_gets_the_result(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, clock: Clock
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    waiter = asyncio.create_task(queue.wait(job.id, 30))
+    worker = make_worker()
+    clock.now_ms += 5
+    lease = lease_one(worker)
+    running = start_one(worker, lease)
+    assert (running.status, running.attempt, running.worker) == (JobStatus.RUNNING, 1, "w1")
+    assert worker.extend({lease: 50}) == {lease: Verdict.OK}
+    seen = await queue.get(job.id)
+    assert seen is not None
+    assert (seen.progress, seen.started_ms) == (50, clock.now_ms)
+    clock.now_ms += 20
+    assert worker.complete(running, [OUTPUT, OUTPUT], TIMING) is Settled.OK
+    done = await waiter
+    assert done is not None
+    assert (done.status, done.progress, done.finished_ms) == (JobStatus.DONE, 100, clock.now_ms)
+    assert (done.outputs, dict(done.timing)) == ((OUTPUT, OUTPUT), TIMING)
+    stats = await queue.stats(MODEL)
+    assert (stats.total_waiting, stats.running) == (0, 0)
+
+
+async def test_nothing_but_the_record_and_the_replies_outlive_a_job(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    worker = make_worker()
+    before = all_keys(client)
+    job = new()
+    await queue.enqueue(job, idempotency_key="k")
+    worker.complete(start_one(worker, lease_one(worker)), [], {})
+    left = all_keys(client) - before - {"q:models"}
+    assert all(key.startswith(f"q:{{{MODEL}}}:") for key in left)
+    assert {key.split(":")[2] for key in left} == {"j", "i", "r"}
+    assert all(0 < client.pttl(key) <= 86_400_000 for key in left)
+    assert client.xlen(STREAM) == 0
+    assert client.xpending(STREAM, "w")["pending"] == 0
+
+
+async def test_failure_is_final_and_says_why(queue: JobQueue, new: NewJob, make_worker: MakeWorker) -> None:
+    job = new()
+    await queue.enqueue(job)
+    worker = make_worker()
+    running = start_one(worker, lease_one(worker))
+    assert worker.fail(running, ERROR, TIMING) is Settled.OK
+    failed = await queue.get(job.id)
+    assert failed is not None
+    assert (failed.status, failed.error, dict(failed.timing)) == (JobStatus.FAILED, ERROR, TIMING)
+    assert worker.complete(running, [OUTPUT], {}) is Settled.OK  # this attempt has ended; it is told so again
+    assert await queue.get(job.id) == failed
+
+
+async def test_repeated_verbs_of_one_attempt_change_nothing(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    worker = make_worker()
+    lease = lease_one(worker)
+    assert start_one(worker, lease) == start_one(worker, lease)
+    running = start_one(worker, lease)
+    assert running.attempt == 1
+    assert worker.complete(running, [OUTPUT], {}) is Settled.OK
+    assert worker.complete(running, [], {}) is Settled.OK
+    done = await queue.get(job.id)
+    assert done is not None
+    assert done.outputs == (OUTPUT,)
+
+
+async def test_wait_ends_with_its_timeout(queue: JobQueue, new: NewJob) -> None:
+    job = new()
+    await queue.enqueue(job)
+    assert await queue.wait(job.id, 0.05) == job
+
+
+async def test_every_waiter_of_every_api_process_is_told(
+    queue: JobQueue, redis_url: str, new: NewJob, make_worker: MakeWorker
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    other = JobQueue(redis_url)
+    waiters = [asyncio.create_task(q.wait(job.id, 30)) for q in (queue, queue, other)]
+    await asyncio.gather(queue.wait(job.id, 0.05), other.wait(job.id, 0.05))  # by now all of them watch
+    worker = make_worker()
+    worker.complete(start_one(worker, lease_one(worker)), [OUTPUT], {})
+    ends = await asyncio.wait_for(asyncio.gather(*waiters), 4)
+    assert [end.status for end in ends if end] == [JobStatus.DONE] * 3
+    await other.close()
+
+
+async def test_lost_reply_is_found_by_the_sweep(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    waiter = asyncio.create_task(queue.wait(job.id, 60))
+    await queue.wait(job.id, 0.05)
+    client.hset(f"q:{{{MODEL}}}:j:{job.id}", "rp", "")  # nobody will be told
+    worker = make_worker()
+    worker.complete(start_one(worker, lease_one(worker)), [OUTPUT], {})
+    await queue.sweep()
+    done = await asyncio.wait_for(waiter, 5)
+    assert done is not None
+    assert done.status is JobStatus.DONE
+
+
+async def test_reply_that_came_while_the_connection_was_cut_is_read_afterwards(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    waiter = asyncio.create_task(queue.wait(job.id, 60))
+    await queue.wait(job.id, 0.05)
+    worker = make_worker()
+    running = start_one(worker, lease_one(worker))
+    client.client_kill_filter(_type="normal", skipme=True)
+    worker.complete(running, [OUTPUT], {})
+    done = await asyncio.wait_for(waiter, 4)
+    assert done is not None
+    assert done.status is JobStatus.DONE
+
+
+# leases
+
+
+async def test_expired_lease_is_reclaimed_once(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    dead, second, third = (make_worker(name) for name in ("w1", "w2", "w3"))
+    start_one(dead, lease_one(dead))
+    assert second.reclaim(8, lease_ms=20_000) == []
+    let_leases_lapse(client)
+    (lease,) = second.reclaim(8, lease_ms=20_000)
+    assert third.reclaim(8, lease_ms=20_000) == []
+    again = start_one(second, lease)
+    assert (again.id, again.attempt, again.worker) == (job.id, 2, "w2")
+
+
+async def test_extended_lease_is_not_reclaimed(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    await queue.enqueue(new())
+    worker, other = make_worker("w1"), make_worker("w2")
+    lease = lease_one(worker)
+    let_leases_lapse(client)
+    assert worker.extend({lease: 0}) == {lease: Verdict.OK}
+    assert other.reclaim(8, lease_ms=20_000) == []
+
+
+async def test_reclaim_takes_no_more_than_asked(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    for _ in range(6):
+        await queue.enqueue(new())
+    dead, worker = make_worker("w1"), make_worker("w2")
+    assert len(dead.read(6)) == 6
+    let_leases_lapse(client)
+    assert [len(worker.reclaim(4, lease_ms=20_000)) for _ in range(3)] == [4, 2, 0]
+
+
+async def test_frozen_worker_cannot_take_its_job_back(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    await queue.enqueue(new())
+    frozen, worker = make_worker("w1"), make_worker("w2")
+    lease = lease_one(frozen)
+    old = start_one(frozen, lease)
+    let_leases_lapse(client)
+    (taken,) = worker.reclaim(8, lease_ms=20_000)
+    start_one(worker, taken)
+    assert frozen.extend({lease: 75}) == {lease: Verdict.LOST}
+    assert dropped(frozen, lease) == "lost"
+    assert frozen.fail(old, ERROR, {}) is Settled.STALE
+    assert frozen.hand_back([lease]) == 0
+    assert worker.extend({taken: 25}) == {taken: Verdict.OK}
+
+
+@pytest.mark.parametrize("first", ["frozen", "second"])
+async def test_first_finisher_wins_and_the_result_never_changes(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis, first: str
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    frozen, second = make_worker("w1"), make_worker("w2")
+    runs = {"frozen": (frozen, start_one(frozen, lease_one(frozen)))}
+    let_leases_lapse(client)
+    (lease,) = second.reclaim(8, lease_ms=20_000)
+    runs["second"] = (second, start_one(second, lease))
+    other = "second" if first == "frozen" else "frozen"
+
+    winner, attempt = runs[first]
+    assert winner.complete(attempt, [OUTPUT], TIMING) is Settled.OK
+    done = await queue.get(job.id)
+    loser, attempt = runs[other]
+    assert loser.complete(attempt, [], {}) is Settled.STALE
+    assert loser.fail(attempt, ERROR, {}) is Settled.STALE
+    assert await queue.get(job.id) == done
+    assert second.extend({lease: 50}) == {lease: Verdict.GONE}
+
+
+async def test_job_that_kills_three_workers_fails_with_a_dead_letter(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    victim = make_worker("w0")
+    start_one(victim, lease_one(victim))
+    for attempt in range(2, MAX_ATTEMPTS + 1):
+        let_leases_lapse(client)
+        victim = make_worker(f"w{attempt}")
+        (lease,) = victim.reclaim(8, lease_ms=20_000)
+        assert start_one(victim, lease).attempt == attempt
+    let_leases_lapse(client)
+    survivor = make_worker("w9")
+    (lease,) = survivor.reclaim(8, lease_ms=20_000)
+    assert dropped(survivor, lease) == "poison"
+    failed = await queue.get(job.id)
+    assert failed is not None
+    assert failed.error is not None
+    assert (failed.status, failed.error.code, failed.attempt) == (JobStatus.FAILED, "poison", MAX_ATTEMPTS)
+    assert [letter["id"] for letter in dead_letters(client)] == [job.id]
+    assert (await queue.stats(MODEL)).dead == 1
+
+
+async def test_lease_that_was_never_started_costs_no_attempt(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    await queue.enqueue(new())
+    worker = make_worker("w0")
+    lease = lease_one(worker)
+    for i in range(1, MAX_ATTEMPTS + 2):
+        let_leases_lapse(client)
+        worker = make_worker(f"w{i}")
+        (lease,) = worker.reclaim(1, lease_ms=20_000)
+    assert start_one(worker, lease).attempt == 1
+
+
+async def test_handed_back_jobs_come_first_and_in_order(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker
+) -> None:
+    jobs = [new(str(i), tenant="ab"[i % 2]) for i in range(30)]
+    for job in jobs:
+        await queue.enqueue(job)
+    draining, worker = make_worker("w1", max_batch=4), make_worker("w2", max_batch=4)
+    leases = draining.read(6)
+    expected = [lease.job_id for lease in leases]
+    assert draining.hand_back(leases) == 6
+    draining.leave()
+    waiting = (await queue.stats(MODEL)).total_waiting
+    order = []
+    while more := worker.read(1):
+        order.append(more[0].job_id)
+        worker.complete(start_one(worker, more[0]), [], {})
+    assert waiting == 30
+    assert sorted(order) == sorted(job.id for job in jobs)
+    back = [job_id for job_id in order if job_id in expected]
+    assert back == expected
+
+
+# deadlines
+
+
+async def test_job_past_its_deadline_never_starts(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, clock: Clock
+) -> None:
+    job = new(deadline_s=1)
+    await queue.enqueue(job)
+    worker = make_worker()
+    lease = lease_one(worker)
+    clock.now_ms = job.deadline_ms
+    assert dropped(worker, lease) == "deadline"
+    failed = await queue.get(job.id)
+    assert failed is not None
+    assert failed.error is not None
+    assert (failed.status, failed.error.code, failed.attempt) == (JobStatus.FAILED, "deadline", 0)
+
+
+async def test_sweep_ends_late_jobs_that_no_worker_is_left_to_end(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, clock: Clock
+) -> None:
+    queued, running, timely = new("a", deadline_s=1), new("b", deadline_s=1), new("c", deadline_s=1000)
+    await queue.enqueue(running)
+    worker = make_worker()
+    start_one(worker, lease_one(worker))
+    for job in (queued, timely):
+        await queue.enqueue(job)
+
+    async def statuses() -> list[JobStatus]:
+        await queue.sweep()
+        return [job.status for job in [await queue.get(x.id) for x in (queued, running, timely)] if job]
+
+    assert await statuses() == [JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.QUEUED]
+    clock.now_ms = running.deadline_ms
+    assert await statuses() == [JobStatus.FAILED, JobStatus.RUNNING, JobStatus.QUEUED]
+    clock.now_ms += DEADLINE_GRACE_MS
+    assert await statuses() == [JobStatus.FAILED, JobStatus.FAILED, JobStatus.QUEUED]
+
+
+# cancel
+
+
+async def test_queued_job_is_cancelled_at_once_and_never_starts(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker
+) -> None:
+    in_window, in_list = new(), new()
+    await queue.enqueue(in_window)
+    for _ in range(20):
+        await queue.enqueue(new())
+    await queue.enqueue(in_list)
+    worker = make_worker()
+    lease = lease_one(worker)
+    for job in (in_window, in_list):
+        cancelled = await queue.cancel(job.id)
+        assert cancelled is not None
+        assert cancelled.error is not None
+        assert (cancelled.status, cancelled.error.code) == (JobStatus.CANCELLED, "cancelled")
+    assert dropped(worker, lease) == "lost"
+    started = []
+    while leases := worker.read(1):
+        started.append(leases[0].job_id)
+        worker.complete(start_one(worker, leases[0]), [], {})
+    assert len(started) == 20
+    assert in_list.id not in started
+
+
+async def test_running_job_is_cancelled_by_its_worker(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    worker = make_worker()
+    lease = lease_one(worker)
+    running = start_one(worker, lease)
+    seen = await queue.cancel(job.id)
+    assert seen is not None
+    assert seen.status is JobStatus.RUNNING
+    assert worker.extend({lease: 25}) == {lease: Verdict.CANCEL}
+    error = JobError(code="cancelled", message="cancelled on request")
+    assert worker.fail(running, error, {}, status=JobStatus.CANCELLED) is Settled.OK
+    cancelled = await queue.get(job.id)
+    assert cancelled is not None
+    assert cancelled.status is JobStatus.CANCELLED
+
+
+async def test_cancel_survives_the_death_of_the_worker(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    dead, worker = make_worker("w1"), make_worker("w2")
+    start_one(dead, lease_one(dead))
+    await queue.cancel(job.id)
+    let_leases_lapse(client)
+    (lease,) = worker.reclaim(8, lease_ms=20_000)
+    assert dropped(worker, lease) == "cancelled"
+    cancelled = await queue.get(job.id)
+    assert cancelled is not None
+    assert cancelled.status is JobStatus.CANCELLED
+
+
+async def test_finished_job_cannot_be_cancelled(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    worker = make_worker()
+    worker.complete(start_one(worker, lease_one(worker)), [OUTPUT], {})
+    kept = await queue.cancel(job.id)
+    assert kept is not None
+    assert kept.status is JobStatus.DONE
+
+
+# workers
+
+
+async def test_stats_tell_who_lives_and_what_waits(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, clock: Clock
+) -> None:
+    worker = make_worker("w1")
+    await queue.enqueue(new(priority=Priority.HIGH))
+    clock.now_ms += 250
+    await queue.enqueue(new(priority=Priority.LOW))
+    stats = await queue.stats(MODEL)
+    assert stats.waiting == {Priority.HIGH: 1, Priority.NORMAL: 0, Priority.LOW: 1}
+    assert (stats.running, stats.oldest_age_ms, stats.dead) == (0, 250, 0)
+    assert stats.workers == (worker_info("w1"),)
+    start_one(worker, lease_one(worker))
+    stats = await queue.stats(MODEL)
+    assert (stats.total_waiting, stats.running, stats.oldest_age_ms) == (1, 1, 0)
+
+
+async def test_silent_worker_is_forgotten_but_its_leases_are_not(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis, clock: Clock
+) -> None:
+    await queue.enqueue(new())
+    silent = make_worker("w1")
+    lease_one(silent)
+    clock.now_ms += 16_000
+    worker = make_worker("w2")
+    assert [info.id for info in (await queue.stats(MODEL)).workers] == ["w2"]
+    let_leases_lapse(client)
+    assert len(worker.reclaim(8, lease_ms=20_000)) == 1
+    worker.beat(worker_info("w2"), "{}")
+    assert [consumer["name"] for consumer in client.xinfo_consumers(STREAM, "w")] == ["w2"]
+
+
+async def test_worker_that_left_in_order_is_gone_at_once(
+    queue: JobQueue, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    make_worker("w1").leave()
+    assert (await queue.stats(MODEL)).workers == ()
+
+
+async def test_models_stay_known_without_their_workers(
+    queue: JobQueue, make_worker: MakeWorker, new: NewJob
+) -> None:
+    assert await queue.models() == {}
+    await queue.enqueue(new())
+    assert await queue.models() == {}  # known as a class, but nobody has described it
+    make_worker().leave()
+    assert await queue.models() == {MODEL: {}}
+
+
+async def test_jobs_enqueued_before_the_first_worker_are_served(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    worker = make_worker(announce=False)
+    assert worker.read(1) == []  # no group yet: made now
+    assert lease_one(worker).job_id == job.id
+
+
+async def test_flushed_redis_is_served_on(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    lost = new("lost")
+    await queue.enqueue(lost)
+    worker = make_worker()
+    lease = lease_one(worker)
+    running = start_one(worker, lease)
+    client.flushall()
+    assert worker.extend({lease: 50}) == {lease: Verdict.GONE}
+    assert worker.complete(running, [OUTPUT], {}) is Settled.UNKNOWN
+    assert await queue.wait(lost.id, 5) is None
+    assert worker.read(1) == []
+    assert worker.reclaim(1, lease_ms=1) == []
+    worker.beat(worker_info("w1"), '{"name": "scenes"}')
+    await queue.enqueue(new("kept"))
+    start_one(worker, lease_one(worker))
+    assert await queue.models() == {MODEL: {"name": "scenes"}}
+    assert len((await queue.stats(MODEL)).workers) == 1
+
+
+# scripts
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_only_enqueue_is_refused_by_a_full_redis(verb: str) -> None:
+    header = script(verb).split("\n", 1)[0]
+    assert ("allow-oom" in header) == (verb != "enqueue")
