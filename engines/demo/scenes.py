@@ -191,13 +191,20 @@ def sample_scenes(
     return [scene() for _ in range(num)]
 
 
-def sample_captions(num: int, seed: int, split: Split = "train", *, partial: float = 0.25) -> list[str]:
-    """Captions of `sample_scenes`, a share `partial` of them with attributes left unsaid."""
+def sample_captions(
+    num: int, seed: int, split: Split = "train", *, two_object_share: float = 0.3, partial_share: float = 0.25
+) -> list[str]:
+    """Captions of random scenes, mixed as the teacher sees them; in some, attributes are left unsaid."""
     rng = np.random.default_rng([seed, 1])
-    return [
-        scene.partial_caption(rng) if rng.random() < partial else scene.caption()
-        for scene in sample_scenes(num, seed, split=split)
+    num_two = round(num * two_object_share)
+    scenes = [
+        *sample_scenes(num - num_two, seed, split=split, num_objects=1),
+        *sample_scenes(num_two, seed, split=split, num_objects=2),
     ]
+    captions = [
+        scene.partial_caption(rng) if rng.random() < partial_share else scene.caption() for scene in scenes
+    ]
+    return [captions[i] for i in rng.permutation(num)]
 
 
 # Ray casting. Vectors are triples of (N, R) tensors: N images, R rays. A solid is intersected in its own
