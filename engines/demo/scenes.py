@@ -73,8 +73,10 @@ class Solid:
     colour: str
     size: str
 
-    def phrase(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape}"
+    def phrase(self, *, with_size: bool = True) -> str:
+        if with_size:
+            return f"a {self.size} {self.colour} {self.shape}"
+        return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.shape}"
 
     def is_held_out(self) -> bool:
         return (self.shape, self.colour) in HELD_OUT_PAIRS
@@ -119,8 +121,7 @@ class Scene:
         """The caption with some attributes left unsaid, as people write prompts: "a red cube at night"."""
         said = rng.random(3 + self.num_objects) < 0.5
         phrases = [
-            solid.phrase() if keep_size else f"a {solid.colour} {solid.shape}"
-            for solid, keep_size in zip(self.solids, said[3:], strict=True)
+            solid.phrase(with_size=keep_size) for solid, keep_size in zip(self.solids, said[3:], strict=True)
         ]
         if self.num_objects == 1:
             words = [phrases[0]] + ([POSITIONS[self.place]] if said[0] else [])
