@@ -39,6 +39,9 @@ class BundleError(EngineError):
         self.field = field
         self.message = message
 
+    def __reduce__(self) -> tuple[type[BundleError], tuple[str, str]]:
+        return type(self), (self.field, self.message)  # it crosses process boundaries
+
 
 class CompileError(EngineError):
     """A stage could not be exported or compiled."""

@@ -70,8 +70,11 @@ def weight_files(part: Path) -> list[Path]:
     return files
 
 
-def check_safetensors(file: Path) -> None:
+def check_safetensors(file: Path) -> dict[str, Any]:
     """Compare the size that a safetensors header promises with the size on disk, without reading the tensors.
+
+    Returns:
+        The header: dtype, shape and data_offsets by tensor name, and perhaps `__metadata__`.
 
     Raises:
         CheckpointError: the header is damaged, or the file is shorter or longer than it says.
@@ -91,3 +94,16 @@ def check_safetensors(file: Path) -> None:
     expected_bytes = 8 + header_bytes + max(ends, default=0)
     if size_bytes != expected_bytes:
         raise CheckpointError(f"{name}: {size_bytes} bytes on disk, its header promises {expected_bytes}")
+    return dict(header)
+
+
+def tensor_shapes(part: Path) -> dict[str, list[int]]:
+    """Shape of every tensor of one part, from the headers alone.
+
+    Raises:
+        CheckpointError: as `weight_files` and `check_safetensors`.
+    """
+    headers = (check_safetensors(file) for file in weight_files(part))
+    return {
+        name: entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"
+    }

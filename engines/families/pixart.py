@@ -313,7 +313,7 @@ def _latent_size(
 
 
 def load_stage(directory: Path, spec: StageSpec, dtype: torch.dtype) -> nn.Module:
-    """Load the wrapper of one stage with its weights. What goes in and comes out is as `spec`, whatever `dtype`.
+    """Load the wrapper of one stage with its weights. Inputs and output are as `spec` in any `dtype`.
 
     Raises:
         CheckpointError: as `load_transformer`.

@@ -25,7 +25,7 @@ class FamilySpec:
     Attributes:
         name: as in `student.json`.
         stages: read a checkpoint's configs and describe its stages at the student's bucket.
-        load_stage: the wrapper of one stage with its weights in a dtype: tensors in, one tensor out, eval mode.
+        load_stage: the wrapper of one stage, weights in a dtype: tensors in, one tensor out, eval mode.
             Only the part of the checkpoint that this stage needs is read.
     """
 

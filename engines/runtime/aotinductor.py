@@ -124,6 +124,25 @@ def _as_bound(tensor: Tensor, binding: Binding) -> Tensor:
     return torch.empty_strided(tensor.shape, binding.stride, dtype=tensor.dtype).copy_(tensor)
 
 
+def load_package(path: Path) -> torch._C._aoti.AOTIModelPackageLoader:
+    """Load the code of a package; its constants are still missing.
+
+    This is the C++ loader itself: `torch._inductor.package` wraps it, and takes seconds to import.
+
+    Raises:
+        BundleError: the file is no package, or its code cannot be linked here.
+    """
+    model_name, run_single_threaded, num_runners, device_index = "model", True, 1, -1
+    try:
+        return torch._C._aoti.AOTIModelPackageLoader(
+            str(path), model_name, run_single_threaded, num_runners, device_index
+        )
+    except RuntimeError as error:
+        raise BundleError(
+            f"files.engines/{path.name}", f"cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
+
+
 class AotInductorEngine:
     """One loaded package. Inputs must be as they were when it was compiled: it does not check.
 
@@ -139,14 +158,11 @@ class AotInductorEngine:
 
     def __init__(self, path: Path, constants: dict[str, Tensor], *, min_batch: int, max_batch: int) -> None:
         self.min_batch, self.max_batch = min_batch, max_batch
-        field = f"files.engines/{path.name}"
-        try:
-            # the C++ loader itself: torch._inductor.package wraps it, and takes seconds to import
-            self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-        except RuntimeError as error:
-            raise BundleError(field, f"cannot be loaded: {str(error).splitlines()[0]}") from None
+        self._loader = load_package(path)
         if set(self._loader.get_constant_fqns()) != set(constants):
-            raise BundleError(field, "its constants are not those of the file beside it")
+            raise BundleError(
+                f"files.engines/{path.name}", "its constants are not those of the file beside it"
+            )
         self._constants = constants
         use_inactive, check_full_update, user_managed = False, True, True
         self._loader.load_constants(constants, use_inactive, check_full_update, user_managed)

@@ -14,7 +14,8 @@ class PromptCache:
     """A prompt's embedding is the same every time, and for large text encoders costs as much as a step.
 
     Args:
-        max_bytes: of all tensors together; an entry of the published PixArt-alpha has 2 MB, of the demo 10 kB.
+        max_bytes: of all tensors together; one entry takes 2 MB for the published PixArt-alpha, 10 kB for the
+            demo.
     """
 
     def __init__(self, max_bytes: int = 256 << 20) -> None:

@@ -1,0 +1,72 @@
+"""Does compiled code draw what eager draws? Both get the same inputs; rows are compared one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engines.bundle import Backend, ParityRow, StageSpec
+from engines.compile.export import example_inputs
+from engines.errors import ParityError
+from engines.runtime.stages import Stage
+
+MIN_COSINE = 0.999
+MAX_PIXEL_DIFFERENCE = {"float32": 2.0, "bfloat16": 24.0}
+"""Largest difference of one 8-bit channel value, by what the compiled code computes in.
+
+The bfloat16 decoder of the demo is on average 0.5 of 255 away from float32 (49 dB), single pixels much more.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far two outputs are apart."""
+
+    cosine: float
+    """Of the worst row."""
+    max_abs: float
+    finite: bool
+
+
+def compare(reference: Tensor, candidate: Tensor) -> Agreement:
+    """Compare two (B, ...) outputs."""
+    a, b = (tensor.flatten(1).double() for tensor in (reference, candidate))
+    finite = bool(b.isfinite().all())
+    if not finite:
+        return Agreement(cosine=float("-inf"), max_abs=float("inf"), finite=False)
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).min().item()
+    return Agreement(cosine=cosine, max_abs=(a - b).abs().max().item(), finite=True)
+
+
+def check_parity(spec: StageSpec, eager: Stage, compiled: Stage, batch: int, backend: Backend) -> ParityRow:
+    """Compare a compiled stage with the eager one at one batch size.
+
+    Returns:
+        What to record.
+
+    Raises:
+        ParityError: they differ by more than is allowed.
+    """
+    inputs = example_inputs(spec, batch, seed=batch)
+    found = compare(eager(*inputs), compiled(*inputs))
+    where = f"stage {spec.name}, batch {batch}, {backend} against eager"
+    if not found.finite:
+        raise ParityError(f"{where}: the output is not finite")
+    if found.cosine < MIN_COSINE:
+        raise ParityError(f"{where}: cosine {found.cosine:.5f} is below {MIN_COSINE}")
+    allowed = MAX_PIXEL_DIFFERENCE[spec.compute_dtype]
+    if spec.output.dtype == "uint8" and found.max_abs > allowed:
+        raise ParityError(
+            f"{where}: a pixel differs by {found.max_abs:.0f} of 255, {allowed:.0f} are allowed"
+        )
+    return ParityRow(
+        stage=spec.name,
+        bucket=spec.bucket,
+        batch=batch,
+        backend=backend,
+        cosine=round(found.cosine, 6),
+        max_abs=found.max_abs,
+        finite=found.finite,
+    )

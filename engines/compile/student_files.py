@@ -1,0 +1,58 @@
+"""Which files of a student belong into a bundle, and whether a bundle has them as they are. No torch here."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from engines.bundle import Manifest, hash_file
+from engines.families.student import STUDENT
+
+PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+SUFFIXES = (".json", ".safetensors", ".model", ".txt")
+"""Configs, weights, sentencepiece models and word lists; nothing that runs code when it is read."""
+
+DERIVED = "tokenizer/tokenizer.json"
+"""Made from a sentencepiece model if the student has only that."""
+
+
+def student_files(student: Path) -> list[str]:
+    """Paths, relative to the student's directory, of everything a bundle takes from it, sorted."""
+    names = [name for name in ("model_index.json", STUDENT) if (student / name).is_file()]
+    for part in PARTS:
+        files = (path for path in sorted((student / part).glob("*")) if path.is_file())
+        names += [f"{part}/{path.name}" for path in files if path.suffix in SUFFIXES]
+    return sorted(names)
+
+
+def copy_student(student: Path, checkpoint: Path) -> None:
+    """Make `checkpoint` hold the student's files and no others; files that are the same already are left."""
+    if checkpoint.exists() and checkpoint.samefile(student):
+        return
+    names = student_files(student)
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.relative_to(checkpoint).as_posix() not in names:
+            path.unlink()
+    for name in names:
+        source, target = student / name, checkpoint / name
+        if target.is_file() and hash_file(target) == hash_file(source):
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.copyfile(source, partial)
+        partial.replace(target)
+
+
+def changed_file(student: Path, manifest: Manifest) -> str | None:
+    """The first file in which a student differs from the one in a bundle; None if it is the same."""
+    names = student_files(student)
+    bundled = {
+        name.removeprefix("checkpoint/"): entry
+        for name, entry in manifest.files.items()
+        if name.startswith("checkpoint/")
+    }
+    for name in names:
+        if name not in bundled or hash_file(student / name) != bundled[name]:
+            return name
+    left = sorted(set(bundled) - set(names) - {DERIVED})
+    return left[0] if left else None
