@@ -122,6 +122,11 @@ class JobQueue:
                 return load_job(model, job_id, fields)
         return None
 
+    async def position(self, job: Job) -> int | None:
+        """Jobs of its priority that were waiting before it and still are; None once it runs or has ended."""
+        rank: Any = await self._redis.zrank(f"{class_prefix(job.model)}:n:{job.priority}", job.id)
+        return None if rank is None else int(rank)
+
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel at once while queued, at the next step boundary while running. Returns the job as it is."""
         for model in await self._models_of(job_id):
