@@ -74,12 +74,13 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
         )
         app.state.services = services
         await queue.start()
-        gauges = asyncio.create_task(_export_gauges(services))
+        closing = asyncio.Event()
+        gauges = asyncio.create_task(_export_gauges(services, closing))
         try:
             yield
         finally:
-            gauges.cancel()
-            await asyncio.gather(gauges, return_exceptions=True)
+            closing.set()
+            await gauges
             await queue.close()
 
     app = FastAPI(
@@ -152,10 +153,10 @@ def _listener(settings: Settings) -> socket.socket:
     return socket.create_server((settings.host, settings.port))
 
 
-async def _export_gauges(services: Services) -> None:
+async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
     """Keep the queue's gauges fresh. Each api process tells the same, so dashboards take the maximum."""
     metrics = services.metrics
-    while True:
+    while not closing.is_set():
         try:
             for name, model in (await services.catalog.models()).items():
                 for priority, waiting in model.stats.waiting.items():
@@ -165,7 +166,9 @@ async def _export_gauges(services: Services) -> None:
                 metrics.workers_live.labels(name).set(len(model.stats.workers))
         except QueueError:
             metrics.redis_errors.labels("stats").inc()
-        await asyncio.sleep(GAUGES_PERIOD_S)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GAUGES_PERIOD_S):
+                await closing.wait()
 
 
 async def _on_api_error(_: Request, error: ApiError) -> Response:

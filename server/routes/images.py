@@ -54,6 +54,7 @@ from server.waiting import ClientGoneError, cancel_if_queued, wait_for_job
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
+POLL_MS = 1000.0
 IMAGE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 
 _WAIT = re.compile(r"\bwait\s*=\s*(\d{1,6})\b")
@@ -173,13 +174,15 @@ async def create_image_openai(
     return _json(view, headers={"server-timing": server_timing(job)})
 
 
-@router.get("/{job_id}", summary="Look a job up", responses=documented(JobNotFoundError))
+@router.get("/{job_id}", summary="Look a job up", responses=documented(JobNotFoundError, InvalidRequestError))
 async def get_image(job_id: str, request: Request, services: ServicesDep) -> ImageJob:
     """The job as it stands, with its images once it is completed."""
     return await _view(services, request, await _find(services, job_id))
 
 
-@router.delete("/{job_id}", summary="Cancel a job", responses=documented(JobNotFoundError))
+@router.delete(
+    "/{job_id}", summary="Cancel a job", responses=documented(JobNotFoundError, InvalidRequestError)
+)
 async def cancel_image(job_id: str, request: Request, services: ServicesDep) -> ImageJob:
     """At once while it is queued, at the next step while it runs; a finished job stays as it is."""
     await _find(services, job_id)
@@ -216,9 +219,8 @@ async def get_image_content(
     """The bytes of one finished image. They never change, so clients may keep them."""
     job = await _find(services, job_id)
     if not job.finished:
-        raise ResultNotReadyError(
-            f"job {job_id} is not finished", retry_after_ms=(await _eta_ms(services, job)) or 1000
-        )
+        eta_ms = await _eta_ms(services, job, await services.queue.position(job))
+        raise ResultNotReadyError(f"job {job_id} is not finished", retry_after_ms=eta_ms or POLL_MS)
     if job.status is not JobStatus.DONE:
         raise failure_of(job)
     if index >= len(job.outputs):
@@ -301,26 +303,27 @@ def _not_found(job_id: str) -> JobNotFoundError:
 
 
 async def _view(services: Services, request: Request, job: Job) -> ImageJob:
+    position = None if job.finished else await services.queue.position(job)
     return image_job(
         job,
         content_url=_content_url(request),
         result_ttl_s=services.settings.result_ttl_s,
-        eta_ms=None if job.finished else await _eta_ms(services, job),
+        eta_ms=None if job.finished else await _eta_ms(services, job, position),
+        queue_position=position,
     )
 
 
-async def _eta_ms(services: Services, job: Job) -> float | None:
-    """Predicted time until a job that is not finished will be."""
+async def _eta_ms(services: Services, job: Job, position: int | None) -> float | None:
+    """Predicted time until an unfinished job is finished; `position` is None for one that runs."""
     model = (await services.catalog.models()).get(job.model)
     if model is None:
         return None
     bucket = pick_bucket(size_of(job.request), model.manifest)
-    ahead = 0 if job.status is JobStatus.RUNNING else None
     return predict_eta_ms(
         model.load,
         model.batch_ms(bucket, job.request["num_steps"]),
         num_samples=job.request["n"],
-        ahead=ahead,
+        ahead=0 if position is None else position + model.stats.running,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from server.catalog import ServedModel
-from server.errors import ModelNotFoundError
+from server.errors import InvalidRequestError, ModelNotFoundError
 from server.routes.responses import documented
 from server.schemas import ModelList, ModelView
 from server.services import Services, ServicesDep
@@ -20,7 +20,9 @@ async def list_models(services: ServicesDep) -> ModelList:
     return ModelList(data=[_view(models[name], services) for name in sorted(models)])
 
 
-@router.get("/{model_id}", summary="Look a model up", responses=documented(ModelNotFoundError))
+@router.get(
+    "/{model_id}", summary="Look a model up", responses=documented(ModelNotFoundError, InvalidRequestError)
+)
 async def get_model(model_id: str, services: ServicesDep) -> ModelView:
     """What the model can draw, and who serves it now."""
     model = (await services.catalog.models()).get(model_id)

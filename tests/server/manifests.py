@@ -1,0 +1,54 @@
+"""Manifests of bundles that need not exist: what a worker would announce."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engines.bundle import Manifest, current_platform
+
+EXAMPLES = ["a large red sphere on the left, on grass, at sunset", "a blue cube"]
+
+
+def make_manifest(name: str = "scenes", **changes: Any) -> Manifest:
+    """An image model of 64x64 and 96x64 pixels (height x width), at 20 ms + 10 ms per sample and stage."""
+    buckets = ["64x64", "96x64"]
+    stages = [
+        {"name": stage, "part": stage, "bucket": None, "inputs": [], "output": OUTPUT}
+        for stage in ("text", "denoise", "decode")
+    ]
+    latency = [
+        {"stage": stage, "bucket": None, "batch": batch, "backend": "eager", "ms": 20 + 10 * batch}
+        for stage in ("text", "denoise", "decode")
+        for batch in (1, 2, 4, 8)
+    ]
+    fields = {
+        "schema_version": 1,
+        "name": name,
+        "kind": "image",
+        "family": "pixart",
+        "version": "0123456789ab",
+        "created": "2026-01-01T00:00:00Z",
+        "software": {},
+        "platform": current_platform().model_dump(),
+        "buckets": buckets,
+        "num_steps": [1, 2, 4],
+        "default_num_steps": 4,
+        "timesteps": {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]},
+        "solver": "ddim",
+        "guidance_scale": 1.0,
+        "max_text_tokens": 20,
+        "batch_sizes": [1, 2, 4, 8],
+        "num_threads": 1,
+        "stages": stages,
+        "engines": [],
+        "eager_only": "no compiled code in this test",
+        "latency": latency,
+        "parity": [],
+        "gate": {"passed": None, "forced": False},
+        "student": {"examples": EXAMPLES},
+        "files": {},
+    }
+    return Manifest.model_validate({**fields, **changes})
+
+
+OUTPUT = {"name": "out", "dtype": "float32", "shape": [1]}
