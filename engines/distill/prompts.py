@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from engines.denoiser import Conditioning
 from engines.distill.config import DistillConfig
 from engines.errors import ConfigError
-from engines.families.checkpoint import read_config
-from engines.families.weights import fill, load_weights
+from engines.families.pixart import TextStage, load_text_encoder
+from engines.families.tokenizer import clean_prompt
 
 PIXART_TEXT_TOKENS = 120
 """Length that published PixArt-alpha was trained with, far below its tokenizer's limit."""
@@ -57,11 +57,7 @@ class TextEncoder:
         self, directory: Path, *, max_tokens: int | None = None, device: torch.device | str = "cpu"
     ) -> None:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory / "tokenizer")
-        part = directory / "text_encoder"
-        self.encoder = fill(
-            T5EncoderModel(T5Config(**read_config(part))), load_weights(part), part, torch.float32
-        )
-        self.encoder.to(device)
+        self.encoder = TextStage(load_text_encoder(directory)).to(device)
         self.max_tokens = max_tokens or min(int(self.tokenizer.model_max_length), PIXART_TEXT_TOKENS)
         self.device = device
 
@@ -75,15 +71,13 @@ class TextEncoder:
         texts, masks = [], []
         for start in range(0, len(prompts), batch_size):
             tokens = self.tokenizer(
-                [prompt.lower().strip() for prompt in prompts[start : start + batch_size]],
+                [clean_prompt(prompt) for prompt in prompts[start : start + batch_size]],
                 padding="max_length",
                 max_length=self.max_tokens,
                 truncation=True,
                 return_tensors="pt",
             ).to(self.device)
-            texts.append(
-                self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-            )
+            texts.append(self.encoder(tokens.input_ids, tokens.attention_mask))
             masks.append(tokens.attention_mask)
         return Conditioning(torch.cat(texts), torch.cat(masks))
 
