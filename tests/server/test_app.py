@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from server.store import ResultStore
 
 from server.app import create_app
 from server.job import Job, JobError, JobStatus, OutputRef, sample_seed
@@ -25,6 +24,7 @@ from server.queue.leases import Lease, WorkerQueue
 from server.queue.records import WorkerInfo
 from server.services import Services
 from server.settings import Settings
+from server.store import ResultStore
 from tests.server.conftest import poll
 from tests.server.manifests import EXAMPLES, make_manifest
 
