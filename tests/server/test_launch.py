@@ -1,0 +1,153 @@
+"""The supervisor's parts: sockets, bundles, what it tells the operator. The whole is in tests/e2e."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engines.bundle import write_manifest
+from server.launch import (
+    LaunchError,
+    check_metrics_port,
+    count_workers,
+    describe_ready,
+    find_bundles,
+    listen,
+    plan_children,
+    url_of,
+)
+from server.settings import Settings
+from tests.server.manifests import make_manifest
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def make_bundle(directory: Path, name: str = "scenes") -> Path:
+    directory.mkdir(parents=True)
+    write_manifest(directory, make_manifest(name))
+    return directory
+
+
+def run_server(*args: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **{f"TDM_{name.upper()}": value for name, value in settings.items()}}
+    return subprocess.run(
+        [sys.executable, "-m", "server", *args],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+
+
+def test_port_zero_takes_a_free_one() -> None:
+    with listen("127.0.0.1", 0, "TDM_PORT") as listener:
+        assert url_of(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_page_of_a_server_on_all_addresses_is_found_on_this_one() -> None:
+    with listen("0.0.0.0", 0, "TDM_PORT") as listener:  # noqa: S104 (that is the case at hand)
+        assert url_of(listener).startswith("http://127.0.0.1:")
+
+
+def test_busy_metrics_port_is_named_before_anything_starts(busy_port: int) -> None:
+    with pytest.raises(LaunchError, match="TDM_METRICS_PORT"):
+        check_metrics_port(Settings(metrics_port=busy_port))
+
+
+def test_no_metrics_port_is_never_busy() -> None:
+    check_metrics_port(Settings(metrics_port=0))
+
+
+def test_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(LaunchError, match="TDM_HOST"):
+        listen("192.0.2.1", 0, "TDM_PORT")
+
+
+def test_busy_port_is_one_clear_line_and_status_2(busy_port: int, tmp_path: Path) -> None:
+    ended = run_server("up", port=str(busy_port), data_dir=str(tmp_path))
+
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        f"error: cannot listen on 127.0.0.1:{busy_port}: Address already in use (TDM_HOST, TDM_PORT)"
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("role", "settings", "message"),
+    [
+        ("up", {"port": "eighty"}, "error: TDM_PORT: "),
+        ("up", {"workers": "-1"}, "error: TDM_WORKERS: "),
+        ("up", {"port": "0", "metrics_port": "0", "bundles": "/nowhere"}, "error: no bundle"),
+        ("api", {}, "error: TDM_REDIS_URL is empty"),
+        ("worker", {"bundles": "/nowhere"}, "error: TDM_REDIS_URL is empty"),
+        ("worker", {"redis_url": "redis://localhost"}, "error: TDM_BUNDLES must name one bundle"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_clear_line_and_status_2(
+    role: str, settings: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    ended = run_server(role, **{"data_dir": str(tmp_path), **settings})
+
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(message)
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_bundles_are_found_in_place_and_one_level_below(tmp_path: Path) -> None:
+    alone = make_bundle(tmp_path / "alone")
+    shelf = tmp_path / "shelf"
+    first, second = make_bundle(shelf / "a"), make_bundle(shelf / "b")
+
+    assert find_bundles([alone, shelf]) == [alone, first, second]
+
+
+def test_directory_without_a_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"manifest\.json"):
+        find_bundles([tmp_path])
+
+
+def test_damaged_manifest_is_refused_by_its_field(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    manifest = bundle / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"pixart"', "7"))
+
+    with listen("127.0.0.1", 0, "TDM_PORT") as listener, pytest.raises(LaunchError, match="family"):
+        plan_children(Settings(), [bundle], "unix:///nowhere", listener)
+
+
+def test_every_bundle_gets_a_worker(tmp_path: Path) -> None:
+    bundles = [make_bundle(tmp_path / name, name) for name in ("a", "b", "c")]
+
+    with listen("127.0.0.1", 0, "TDM_PORT") as listener:
+        children = plan_children(Settings(workers=1), bundles, "unix:///nowhere", listener)
+
+    assert [child.name for child in children] == ["api", "worker 0", "worker 1", "worker 2"]
+
+
+@pytest.mark.parametrize(("num_cores", "expected"), [(1, 1), (2, 2), (4, 4), (64, 4)])
+def test_one_worker_per_core_up_to_four(num_cores: int, expected: int) -> None:
+    assert count_workers(num_cores) == expected
+
+
+def test_ready_line_names_address_model_workers_and_backend() -> None:
+    one = {"scenes": {"workers": 2, "backends": ["aotinductor"]}}
+    two = {**one, "more": {"workers": 1, "backends": ["eager"]}}
+
+    assert describe_ready("http://127.0.0.1:8000", one) == (
+        "ready: http://127.0.0.1:8000 (model scenes, 2 workers, aotinductor)"
+    )
+    assert describe_ready("http://127.0.0.1:8000", two) == (
+        "ready: http://127.0.0.1:8000 (models more, scenes, 3 workers, aotinductor, eager)"
+    )
