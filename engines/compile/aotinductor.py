@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -124,11 +125,16 @@ def compile_stage(job: CompileJob) -> EngineFile:
         load_weights(checkpoint / job.spec.part),
     )
     save_file(own, constants, dump_bindings(bindings))
+    # safetensors makes files for their owner alone; the package has what the user's umask gives
+    constants.chmod(partial.stat().st_mode & 0o777)
     partial.replace(package)
     return engine
 
 
 def _compile(program: ExportedProgram, path: Path, job: CompileJob) -> None:
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+
     config = {
         **INDUCTOR_CONFIG,
         # inductor names a precompiled header by a checksum that it asks openssl for
@@ -136,7 +142,8 @@ def _compile(program: ExportedProgram, path: Path, job: CompileJob) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=config)
+        with temporary_cache_dir(str(Path(tempfile.gettempdir()) / "inductor")):
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=config)
     except Exception as error:  # inductor raises what it likes, the C++ compiler's output included
         raise CompileError(
             f"stage {job.spec.name}: {type(error).__name__}: {last_error_line(error)}"

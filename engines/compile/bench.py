@@ -127,7 +127,7 @@ def write_result(path: Path, manifest: Manifest, rows: list[BenchRow], *, num_th
 
 
 def current_commit() -> str:
-    """The commit of the running source, `-dirty` after it if there are changes; empty outside a repository."""
+    """The commit of this source, `-dirty` after it if there are changes; empty outside a repository."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -33,7 +34,7 @@ from engines.bundle import (
 )
 from engines.compile.aotinductor import CompileJob, compile_stage
 from engines.compile.measure import measure_stage
-from engines.compile.needed import EAGER_ASKED_FOR, NO_COMPILER
+from engines.compile.needed import EAGER_ASKED_FOR, NO_COMPILER, has_compiler
 from engines.compile.parity import check_parity
 from engines.compile.progress import BuildProgress
 from engines.compile.student_files import DERIVED, copy_student
@@ -228,17 +229,6 @@ def _compile_or_not(
         return [], f"it did not compile: {error}"
 
 
-def has_compiler() -> bool:
-    """Whether inductor finds a C++ compiler here."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return shutil.which(get_cpp_compiler()) is not None
-    except InvalidCxxCompiler:
-        return False
-
-
 def _compile_all(
     jobs: Sequence[CompileJob], settings: BuildSettings, progress: BuildProgress
 ) -> Iterator[EngineFile]:
@@ -278,6 +268,7 @@ def _compile_all(
 def _start_compiler_process(scratch: str) -> None:
     """Keep inductor's caches, 300 MB of them, in a folder that is deleted afterwards; die with the parent."""
     tempfile.tempdir = scratch
+    warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
         set_parent_death_signal = 1

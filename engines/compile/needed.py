@@ -15,6 +15,11 @@ NO_COMPILER = "there was no C++ compiler when it was built"
 EAGER_ASKED_FOR = "it was built with --backends eager"
 
 
+def has_compiler() -> bool:
+    """Whether the C++ compiler that inductor calls is here."""
+    return shutil.which("g++") is not None
+
+
 def reason_to_build(
     student: Path, bundle: Path, *, batch_sizes: Sequence[int], backends: Sequence[str], num_threads: int
 ) -> str | None:
@@ -38,6 +43,6 @@ def reason_to_build(
         return f"its compiled code does not fit this machine ({mismatches[0]})"
     if manifest.eager_only == EAGER_ASKED_FOR:
         return "it has no compiled code"
-    if manifest.eager_only == NO_COMPILER and shutil.which("g++"):
+    if manifest.eager_only == NO_COMPILER and has_compiler():
         return "there is a C++ compiler now"
     return None

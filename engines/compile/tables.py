@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -41,7 +42,7 @@ def summary_table(manifest: Manifest) -> Table:
 def engines_table(manifest: Manifest) -> Table:
     """Its compiled packages."""
     table = Table(
-        "stage", "bucket", "batches", "compute", "file", "size", title="engines", title_justify="left"
+        "stage", "bucket", "batches", "compute", "size", "file", title="engines", title_justify="left"
     )
     dtypes = {(spec.name, spec.bucket): spec.compute_dtype for spec in manifest.stages}
     for engine in manifest.engines:
@@ -50,8 +51,8 @@ def engines_table(manifest: Manifest) -> Table:
             _label(engine.bucket),
             f"{engine.min_batch}-{engine.max_batch}",
             dtypes[engine.stage, engine.bucket],
-            engine.path,
             _megabytes(manifest.files[engine.path].size_bytes),
+            PurePosixPath(engine.path).name,
         )
     return table
 

@@ -1,4 +1,4 @@
-"""Is a bundle what it was when it was built, does it fit this machine, does it still draw what eager draws?"""
+"""Is a bundle what it was when it was built, does it fit this machine, does it draw what eager draws?"""
 
 from __future__ import annotations
 
