@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,12 +39,13 @@ class ResultStore:
     def put(self, key: str, data: bytes, content_type: str) -> None:
         """Store `data` under `key`, replacing what was there."""
         path = self._path(key)
-        if self._is_local:
-            _write_atomically(Path(path), data)
-        elif "s3" in _protocols(self._fs):
-            self._fs.pipe_file(path, data, ContentType=content_type)
-        else:
-            self._fs.pipe_file(path, data)
+        with _os_errors():
+            if self._is_local:
+                _write_atomically(Path(path), data)
+            elif "s3" in _protocols(self._fs):
+                self._fs.pipe_file(path, data, ContentType=content_type)
+            else:
+                self._fs.pipe_file(path, data)
 
     def get(self, key: str) -> bytes:
         """The bytes of `key`.
@@ -50,19 +53,22 @@ class ResultStore:
         Raises:
             FileNotFoundError: there is no such key (any longer).
         """
-        data: bytes = self._fs.cat_file(self._path(key))
+        path = self._path(key)
+        with _os_errors():
+            data: bytes = self._fs.cat_file(path)
         return data
 
     def exists(self, key: str) -> bool:
         """True if `key` has bytes."""
-        return bool(self._fs.exists(self._path(key)))
+        path = self._path(key)
+        with _os_errors():
+            return bool(self._fs.exists(path))
 
     def delete(self, key: str) -> None:
         """Remove `key`; nothing happens if it is not there."""
-        try:
-            self._fs.rm_file(self._path(key))
-        except FileNotFoundError:
-            return
+        path = self._path(key)
+        with suppress(FileNotFoundError), _os_errors():
+            self._fs.rm_file(path)
 
     def sweep(self, older_than_s: float) -> int:
         """Remove what was stored more than `older_than_s` ago, half-written files included. Returns how many.
@@ -71,11 +77,12 @@ class ResultStore:
         """
         horizon = time.time() - older_than_s
         removed = 0
-        found: dict[str, dict[str, Any]] = self._fs.find(self._root, detail=True)
-        for path, info in found.items():
-            if _stored_at(info) < horizon:
-                self._fs.rm_file(path)
-                removed += 1
+        with _os_errors():
+            found: dict[str, dict[str, Any]] = self._fs.find(self._root, detail=True)
+            for path, info in found.items():
+                if _stored_at(info) < horizon:
+                    self._fs.rm_file(path)
+                    removed += 1
         return removed
 
     def _path(self, key: str) -> str:
@@ -103,6 +110,17 @@ def _write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Whatever a driver raises (botocore, aiohttp, ...) becomes an OSError: callers know one kind."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"result store: {error!r}") from error
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

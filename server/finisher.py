@@ -1,0 +1,219 @@
+"""Finisher: from drawn pixels to a finished job (pack, store, complete), on threads beside the engine's."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from server.heartbeat import Heartbeat
+from server.job import JobError, JobStatus, OutputRef
+from server.metrics import Metrics
+from server.packing import Packed, Provenance, pack, prompt_hash
+from server.queue.errors import QueueError
+from server.queue.leases import Settled, WorkerQueue
+from server.store import ResultStore
+from server.work import Work
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# A finished job outlasts a Redis restart; after this the lease has lapsed anyway and another worker runs it.
+REDIS_PATIENCE_S = 60.0
+STORE_ATTEMPTS = 4
+
+
+class Finisher:
+    """Ends jobs. `finish` and `fail` return at once unless `max_pending` jobs are still being finished."""
+
+    def __init__(
+        self,
+        queue: WorkerQueue,
+        store: ResultStore,
+        heartbeat: Heartbeat,
+        metrics: Metrics,
+        *,
+        version: str,
+        num_threads: int = 2,
+        max_pending: int = 64,
+        clock: Callable[[], int],
+    ) -> None:
+        """Starts no thread before the first job.
+
+        Args:
+            queue: where jobs end.
+            store: where results go.
+            heartbeat: keeps the lease until then.
+            metrics: of this process.
+            version: content hash of the bundle, for provenance.
+            num_threads: jobs finished at once.
+            max_pending: pixels of how many jobs may wait in memory.
+            clock: unix ms.
+        """
+        self._queue = queue
+        self._store = store
+        self._heartbeat = heartbeat
+        self._metrics = metrics
+        self._version = version
+        self._clock = clock
+        self._pool = ThreadPoolExecutor(num_threads, "finish")
+        self._room = threading.BoundedSemaphore(max_pending)
+
+    def finish(self, work: Work) -> None:
+        """Pack, store and complete a job whose samples are all drawn."""
+        self._submit(work, lambda: self._finish(work))
+
+    def fail(self, work: Work, error: JobError, status: JobStatus = JobStatus.FAILED) -> None:
+        """End a job without results."""
+        work.ended = True
+        self._submit(work, lambda: self._fail(work, error, status))
+
+    def close(self) -> None:
+        """Return when every job handed over has ended."""
+        self._pool.shutdown(wait=True)
+
+    def _submit(self, work: Work, end: Callable[[], None]) -> None:
+        self._room.acquire()
+        self._pool.submit(self._guarded, work, end)
+
+    def _guarded(self, work: Work, end: Callable[[], None]) -> None:
+        """Run `end` so that whatever it raises leaves the job ended, or to another worker."""
+        try:
+            try:
+                end()
+            except QueueError:
+                raise
+            except Exception:  # the pool would swallow it, and the heartbeat keep the job for ever
+                log.exception("job could not be finished", extra={"job_id": work.job.id})
+                error = JobError(code="internal", message="the finished samples could not be packed")
+                self._fail(work, error, JobStatus.FAILED)
+        except QueueError as error:
+            log.warning("left to another worker, as Redis does not answer: %s", error)
+        finally:
+            self._heartbeat.release([work.lease])
+            self._room.release()
+
+    def _finish(self, work: Work) -> None:
+        packed = self._pack(work)
+        start = time.perf_counter()
+        outputs: list[OutputRef] = []
+        try:
+            for index, file in enumerate(packed):
+                key = f"results/{work.job.id}/{work.job.attempt}-{index}.{file.suffix}"
+                self._put(key, file)
+                outputs.append(_output_ref(work, index, key, file))
+        except OSError:
+            log.exception("result not stored", extra={"job_id": work.job.id})
+            self._discard(outputs)
+            error = JobError(code="storage", message="the result store does not answer")
+            self._fail(work, error, JobStatus.FAILED)
+            return
+        work.timing_ms["store"] = (time.perf_counter() - start) * 1000
+        settled = self._patiently(lambda: self._queue.complete(work.job, outputs, work.timing_ms))
+        if settled is Settled.OK:
+            self._count_end(work, "done")
+            self._count_outputs(outputs)
+        else:
+            log.info("result came second (%s)", settled, extra={"job_id": work.job.id})
+            self._metrics.job_duplicates.labels(work.job.model, settled).inc()
+            self._discard(outputs)
+
+    def _fail(self, work: Work, error: JobError, status: JobStatus) -> None:
+        log.warning("job %s: %s", status, error.code, extra={"job_id": work.job.id, "code": error.code})
+        fail = self._queue.fail
+        settled = self._patiently(lambda: fail(work.job, error, work.timing_ms, status=status))
+        if settled is Settled.OK:
+            self._count_end(work, "deadline" if error.code == "deadline" else str(status))
+
+    def _pack(self, work: Work) -> list[Packed]:
+        start = time.perf_counter()
+        packed = []
+        for index, pixels in enumerate(work.pixels):
+            assert pixels is not None, f"sample {index} of {work.job.id} is not drawn"
+            provenance = Provenance(
+                model=work.job.model,
+                version=self._version,
+                seed=work.seed(index),
+                num_steps=work.spec.num_steps,
+                prompt_sha256=prompt_hash(work.spec.prompt),
+            )
+            packed.append(pack(pixels, work.spec.output_format, provenance, quality=work.spec.quality))
+        work.timing_ms["pack"] = (time.perf_counter() - start) * 1000
+        return packed
+
+    def _put(self, key: str, file: Packed) -> None:
+        """Store one file, with a few attempts well inside the lease.
+
+        Raises:
+            OSError: none succeeded.
+        """
+        for attempt in range(STORE_ATTEMPTS):
+            try:
+                with self._metrics.storage_op.labels("put").time():
+                    self._store.put(key, file.data, file.content_type)
+                return
+            except OSError:
+                if attempt == STORE_ATTEMPTS - 1:
+                    raise
+                time.sleep(random.uniform(0, 0.2 * 2**attempt))
+
+    def _discard(self, outputs: list[OutputRef]) -> None:
+        """Delete objects that no job record names; what cannot be deleted now is left to expiry."""
+        for output in outputs:
+            try:
+                self._store.delete(output.key)
+            except OSError as error:
+                log.warning("not deleted: %s", error)
+
+    def _patiently(self, verb: Callable[[], T]) -> T:
+        """Call a queue verb until Redis answers.
+
+        Raises:
+            QueueError: it did not for REDIS_PATIENCE_S.
+        """
+        deadline = time.monotonic() + REDIS_PATIENCE_S
+        backoff_s = 0.1
+        while True:
+            try:
+                return verb()
+            except QueueError as error:
+                self._metrics.redis_errors.labels("finish").inc()
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("trying again: %s", error)
+                time.sleep(random.uniform(0, backoff_s))
+                backoff_s = min(2 * backoff_s, 5.0)
+
+    def _count_end(self, work: Work, outcome: str) -> None:
+        self._metrics.observe_job_end(
+            work.job.model,
+            outcome=outcome,
+            e2e_ms=self._clock() - work.job.created_ms,
+            timing_ms=work.timing_ms if outcome == "done" else None,
+            priority=work.job.priority,
+        )
+
+    def _count_outputs(self, outputs: list[OutputRef]) -> None:
+        for output in outputs:
+            if output.content_type.startswith("image/"):
+                self._metrics.images.labels(self._queue.model).inc()
+            else:
+                self._metrics.video_frames.labels(self._queue.model).inc(output.frames)
+
+
+def _output_ref(work: Work, index: int, key: str, file: Packed) -> OutputRef:
+    bucket = work.spec.bucket
+    return OutputRef(
+        key=key,
+        content_type=file.content_type,
+        size_bytes=len(file.data),
+        width=bucket.width,
+        height=bucket.height,
+        frames=bucket.frames,
+        seed=work.seed(index),
+    )

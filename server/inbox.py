@@ -1,0 +1,249 @@
+"""Inbox: the jobs that a worker has leased and not yet handed to its engine; forms the batches.
+
+Leasing late is better than leasing early: what is still in Redis can be reordered, cancelled, or taken by an
+idle worker. So the inbox reads while the engine is idle, and ahead only during the last step of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from engines.bucket import Bucket
+from server.batching import Arrivals, CostModel, Row, Run, Wait, decide
+from server.heartbeat import Heartbeat
+from server.job import Job, JobError
+from server.metrics import Metrics
+from server.queue.errors import QueueError
+from server.queue.leases import Lease, WorkerQueue
+from server.work import Drawing, SampleSpec, Work
+
+log = logging.getLogger(__name__)
+
+# The longest that a blocking read keeps the worker from seeing that it is to stop.
+READ_BLOCK_MS = 1_000
+RECLAIM_PERIOD_S = 5.0
+MAX_BACKOFF_S = 5.0
+
+
+class Inbox:
+    """Used by the engine's thread; while a prefetch runs on a thread of its own, nothing else touches it."""
+
+    def __init__(
+        self,
+        queue: WorkerQueue,
+        heartbeat: Heartbeat,
+        metrics: Metrics,
+        *,
+        max_batch: int,
+        cost_ms: CostModel,
+        lease_s: float,
+        stopping: threading.Event,
+        clock: Callable[[], int],
+    ) -> None:
+        """Leases nothing before `next_batch`.
+
+        Args:
+            queue: to lease from.
+            heartbeat: extends what is leased.
+            metrics: of this process.
+            max_batch: most rows that run together, until `limit` lowers it for a bucket.
+            cost_ms: the bundle's cost curve.
+            lease_s: age at which other workers' leases are taken over.
+            stopping: set when no further jobs are to be started.
+            clock: unix ms.
+        """
+        self._queue = queue
+        self._heartbeat = heartbeat
+        self._metrics = metrics
+        self._max_batch = max_batch
+        self._cost_ms = cost_ms
+        self._lease_ms = int(lease_s * 1000)
+        self._stopping = stopping
+        self._clock = clock
+        self._works: dict[str, Work] = {}
+        self._limits: dict[Bucket, int] = {}
+        self._arrivals = Arrivals()
+        self._backlog = 0
+        self._rows_per_job = 1.0
+        self._next_reclaim = 0.0
+        self._reader = ThreadPoolExecutor(1, "prefetch")
+        self._prefetched: Future[None] | None = None
+
+    def next_batch(self) -> list[Drawing] | None:
+        """The samples to draw next, of started jobs; None to stop. Blocks, also while Redis is away."""
+        backoff_s = 0.1
+        while True:
+            try:
+                batch = self._form_batch()
+            except QueueError as error:
+                self._metrics.redis_errors.labels("lease").inc()
+                log.warning("cannot lease jobs: %s", error)
+                self._heartbeat.pulse()
+                if self._stopping.wait(random.uniform(0, backoff_s)):
+                    return None
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+                continue
+            if batch is None or batch:
+                return batch
+
+    def prefetch(self) -> None:
+        """Lease the next batch's jobs while the engine finishes this one."""
+        if self._prefetched is None and not self._stopping.is_set():
+            self._prefetched = self._reader.submit(self._lease, 0)
+
+    def limit(self, bucket: Bucket, max_batch: int) -> None:
+        """From now on run at most `max_batch` rows of `bucket` together: more did not fit into memory."""
+        self._limits[bucket] = max(1, min(max_batch, self._limits.get(bucket, self._max_batch)))
+
+    def close(self) -> int:
+        """Hand back every lease that was not started, and say how many those were.
+
+        Raises:
+            QueueError: Redis does not answer; the leases lapse by themselves.
+        """
+        self._join_prefetch()
+        self._reader.shutdown()
+        unstarted = [work.lease for work in self._works.values() if not work.started]
+        self._works.clear()
+        self._heartbeat.release(unstarted)
+        return self._queue.hand_back(unstarted)
+
+    def _form_batch(self) -> list[Drawing] | None:
+        """A batch; an empty one if all who were to be in it are gone; None to stop."""
+        self._join_prefetch()
+        idle_since: float | None = None
+        block_ms = 0
+        while True:
+            self._heartbeat.pulse()
+            if not self._stopping.is_set():
+                self._lease(block_ms)
+            rows = self._rows()
+            if not rows:
+                if self._stopping.is_set():
+                    return None
+                block_ms = READ_BLOCK_MS
+                continue
+            if idle_since is None:
+                idle_since = time.monotonic()
+                if block_ms:  # the read ended with the first arrival; others may have come with it
+                    block_ms = 0
+                    continue
+            decision = self._decide(rows, (time.monotonic() - idle_since) * 1000)
+            if isinstance(decision, Run):
+                return self._assign(decision.rows)
+            block_ms = max(1, int(decision.ms))
+
+    def _rows(self) -> list[Row]:
+        """Samples to draw, oldest lease first. A worker that is to stop only finishes what it has started."""
+        self._works = {job_id: work for job_id, work in self._works.items() if not work.ended}
+        stopping = self._stopping.is_set()
+        return [row for work in self._works.values() if work.started or not stopping for row in work.rows()]
+
+    def _decide(self, rows: Sequence[Row], waited_ms: float) -> Run | Wait:
+        now_ms = self._clock()
+        return decide(
+            rows,
+            now_ms=now_ms,
+            waited_ms=waited_ms,
+            gap_ms=self._arrivals.gap_ms(now_ms),
+            backlog=self._backlog,
+            max_batch=self._limits.get(rows[0].bucket, self._max_batch),
+            cost_ms=self._cost_ms,
+        )
+
+    def _assign(self, rows: Sequence[Row]) -> list[Drawing]:
+        """Start the jobs of these rows that are not yet, and take the rows out of the inbox."""
+        self._start([work for work in self._works_of(rows) if not work.started])
+        drawings = []
+        for row in rows:
+            work = self._works[row.job_id]
+            if work.ended:
+                continue
+            drawings.append(Drawing(work, row.index))
+            work.num_assigned += 1
+        self._works = {job_id: work for job_id, work in self._works.items() if work.rows()}
+        return drawings
+
+    def _works_of(self, rows: Sequence[Row]) -> list[Work]:
+        return [self._works[job_id] for job_id in dict.fromkeys(row.job_id for row in rows)]
+
+    def _start(self, works: Sequence[Work]) -> None:
+        for work, started in zip(works, self._queue.start([work.lease for work in works]), strict=True):
+            if started.job is None:
+                self._count_drop(work.job, started.dropped)
+                work.ended = True
+                self._heartbeat.release([work.lease])
+                continue
+            work.start(started.job, self._clock())
+            if started.job.attempt > 1:
+                self._metrics.job_redeliveries.labels(self._queue.model, "lease_lapsed").inc()
+
+    def _count_drop(self, job: Job, why: str) -> None:
+        log.info("not started: %s", why, extra={"job_id": job.id})
+        if why in ("deadline", "poison", "cancelled"):  # ended by this very start
+            age_ms = self._clock() - job.created_ms
+            self._metrics.observe_job_end(job.model, outcome=why, e2e_ms=age_ms, priority=job.priority)
+        else:
+            self._metrics.job_duplicates.labels(job.model, "start").inc()
+        if why == "poison":
+            self._metrics.dead_letters.labels(job.model, "poison").inc()
+
+    def _join_prefetch(self) -> None:
+        """Wait for the prefetch and raise its error, if any."""
+        prefetched, self._prefetched = self._prefetched, None
+        if prefetched is not None:
+            prefetched.result()
+
+    def _lease(self, block_ms: int) -> None:
+        """Take jobs for at most one batch, first those that other workers lost."""
+        room = self._max_batch - sum(len(work.rows()) for work in self._works.values())
+        if room <= 0:
+            return
+        count = max(1, int(room / self._rows_per_job))
+        leases = self._reclaim(count)
+        if len(leases) < count:
+            leases += self._queue.read(count - len(leases), 0 if leases else block_ms)
+        self._heartbeat.hold(leases)
+        if leases:
+            self._adopt(leases)
+        else:
+            self._backlog = 0
+
+    def _reclaim(self, count: int) -> list[Lease]:
+        """Leases that lapsed; ours among them (Redis was away for long) are thereby extended and go on."""
+        if time.monotonic() < self._next_reclaim:
+            return []
+        self._next_reclaim = time.monotonic() + RECLAIM_PERIOD_S * random.uniform(0.8, 1.2)
+        leases = self._queue.reclaim(count, self._lease_ms)
+        return [lease for lease in leases if not self._heartbeat.holds(lease)]
+
+    def _adopt(self, leases: Sequence[Lease]) -> None:
+        """Turn leases into works; settle those that cannot become any."""
+        jobs, waiting = self._queue.look(leases)
+        for lease, job in zip(leases, jobs, strict=True):
+            if job is None:
+                self._drop(lease, "unknown job")
+                continue
+            try:
+                spec = SampleSpec.of(job)
+            except (KeyError, TypeError, ValueError) as error:
+                self._drop(lease, f"unreadable request: {error!r}")
+                continue
+            self._works[job.id] = Work(lease=lease, job=job, spec=spec, leased_ms=self._clock())
+            self._arrivals.observe(job.created_ms)
+            self._rows_per_job += 0.2 * (spec.num_samples - self._rows_per_job)
+        unstarted = sum(not work.started for work in self._works.values())
+        self._backlog = int(max(0, waiting - unstarted) * self._rows_per_job)
+
+    def _drop(self, lease: Lease, why: str) -> None:
+        """Get rid of a lease without an engine: `start` drops unknown jobs, the others fail."""
+        log.error("job dropped: %s", why, extra={"job_id": lease.job_id})
+        (started,) = self._queue.start([lease])
+        if started.job is not None:
+            self._queue.fail(started.job, JobError(code="invalid_request", message=why), {})
+        self._heartbeat.release([lease])

@@ -1,0 +1,120 @@
+"""Work: a leased job on its way through one worker, and the samples it asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bucket import Bucket
+from server.batching import Row
+from server.job import Job, sample_seed
+from server.queue.leases import Lease
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSpec:
+    """What a worker reads from `Job.request`; the api process has checked that the model serves it."""
+
+    prompt: str
+    num_samples: int
+    bucket: Bucket
+    seed: int
+    num_steps: int
+    output_format: str
+    quality: int | None
+
+    @classmethod
+    def of(cls, job: Job) -> SampleSpec:
+        """Read a job's request.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing or is no number.
+        """
+        request = job.request
+        quality = request.get("output_compression")
+        return cls(
+            prompt=str(request["prompt"]),
+            num_samples=max(1, int(request["n"])),
+            bucket=Bucket(int(request["height"]), int(request["width"]), int(request.get("frames") or 1)),
+            seed=int(request["seed"]),
+            num_steps=int(request["num_steps"]),
+            output_format=str(request["output_format"]),
+            quality=None if quality is None else int(quality),
+        )
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Work:
+    """One leased job. The main thread owns it until all samples are drawn, then a finisher thread does.
+
+    Attributes:
+        job: as leased; as `start` returned it once it is started.
+        started: its attempt has begun.
+        ended: nothing more is to be drawn for it: failed, cancelled, or finished elsewhere.
+        num_assigned: samples handed to a batch so far.
+        pixels: (F, H, W, 3) uint8 per sample, None until drawn.
+        timing_ms: by stage, as `Job.timing`.
+    """
+
+    lease: Lease
+    job: Job
+    spec: SampleSpec
+    leased_ms: int
+    started: bool = False
+    ended: bool = False
+    num_assigned: int = 0
+    pixels: list[NDArray[np.uint8] | None] = field(default_factory=list)
+    timing_ms: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pixels = [None] * self.spec.num_samples
+
+    def start(self, job: Job, now_ms: int) -> None:
+        """Its attempt begins: `job` as it now runs."""
+        self.job = job
+        self.started = True
+        self.timing_ms["queue"] = float(max(0, self.leased_ms - job.created_ms))
+        self.timing_ms["batch_wait"] = float(max(0, now_ms - self.leased_ms))
+
+    @property
+    def num_drawn(self) -> int:
+        """Samples whose pixels are there."""
+        return sum(pixels is not None for pixels in self.pixels)
+
+    @property
+    def drawn(self) -> bool:
+        """Every sample's pixels are there."""
+        return self.num_drawn == self.spec.num_samples
+
+    @property
+    def alone(self) -> bool:
+        """It was running when a worker died, so it shares no batch: it must not take seven others with it."""
+        return self.job.attempt >= (2 if self.started else 1)
+
+    def seed(self, index: int) -> int:
+        """Seed of sample `index`."""
+        return sample_seed(self.spec.seed, index)
+
+    def rows(self) -> list[Row]:
+        """The samples that no batch has had yet."""
+        return [
+            Row(
+                job_id=self.job.id,
+                index=index,
+                bucket=self.spec.bucket,
+                num_steps=self.spec.num_steps,
+                deadline_ms=self.job.deadline_ms,
+                alone=self.alone,
+            )
+            for index in range(self.num_assigned, self.spec.num_samples)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """One sample in a batch: sample `index` of `work`."""
+
+    work: Work
+    index: int

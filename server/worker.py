@@ -1,0 +1,322 @@
+"""The worker process: lease -> batch -> encode, denoise, decode -> pack, store, complete. One engine thread.
+
+The loop below is all that the engine's thread does. Beside it: a heartbeat thread keeps the leases, finisher
+threads end jobs, and a prefetch thread leases the next batch during the last step of this one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from engines.bucket import Bucket, pick_batch
+from engines.bundle import Manifest
+from engines.errors import EngineError
+from engines.runtime.pipeline import BatchRun, Pipeline, Sample
+from server.batching import CostModel
+from server.finisher import Finisher
+from server.heartbeat import Heartbeat
+from server.inbox import Inbox
+from server.job import JobError, JobStatus
+from server.metrics import Metrics, MetricsServer
+from server.queue.connection import system_now_ms
+from server.queue.errors import QueueError
+from server.queue.leases import Lease, Verdict, WorkerQueue
+from server.queue.records import WorkerInfo
+from server.settings import WorkerSettings
+from server.store import ResultStore
+from server.work import Drawing, Work
+
+log = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_ENGINE_LOST = 1
+EXIT_UNUSABLE = 2
+# An engine that takes this many times its measured time for one batch, and a minute at least, counts as hung.
+STALL_FACTOR = 20
+MIN_STALL_S = 60.0
+DEVICE = "cpu"
+CANCELLED = JobError(code="cancelled", message="cancelled on request")
+TOO_LATE = JobError(code="deadline", message="the deadline passed while the job was running")
+
+
+class EngineLostError(RuntimeError):
+    """The device is in a state that only a new process gets out of."""
+
+
+class Worker:
+    """The engine's loop over one bundle."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        inbox: Inbox,
+        finisher: Finisher,
+        heartbeat: Heartbeat,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], int],
+    ) -> None:
+        """Ties the parts together; `run` starts them."""
+        self._pipeline = pipeline
+        self._inbox = inbox
+        self._finisher = finisher
+        self._heartbeat = heartbeat
+        self._metrics = metrics
+        self._clock = clock
+        self._model = pipeline.manifest.name
+
+    def run(self) -> None:
+        """Draw batches until the inbox says to stop.
+
+        Raises:
+            EngineLostError: the process must end; its leases lapse and other workers take them.
+        """
+        while (batch := self._inbox.next_batch()) is not None:
+            self._draw(batch)
+
+    def _draw(self, batch: Sequence[Drawing]) -> None:
+        """Draw a batch. If that fails, draw its halves; a sample that fails by itself fails its job."""
+        batch = [drawing for drawing in batch if not drawing.work.ended]
+        if not batch:
+            return
+        try:
+            self._run(batch)
+        except Exception as error:  # the one broad place: fail these jobs, go on with the next
+            if _device_lost(error):
+                raise EngineLostError(str(error)) from error
+            log.exception("a batch of %d failed", len(batch), extra={"model": self._model})
+            if _out_of_memory(error):
+                self._metrics.gpu_oom.labels(DEVICE).inc()
+                self._inbox.limit(batch[0].work.spec.bucket, len(batch) // 2)
+            if len(batch) == 1:
+                self._finisher.fail(batch[0].work, _job_error(error))
+                return
+            middle = len(batch) // 2
+            self._draw(batch[:middle])
+            self._draw(batch[middle:])
+
+    def _run(self, batch: Sequence[Drawing]) -> None:
+        """One batch through the engine."""
+        start = time.perf_counter()
+        run = self._pipeline.prepare([_sample(drawing) for drawing in batch])
+        rows = list(batch)
+        while not run.finished:
+            if _steps_left(run) == 1:
+                self._inbox.prefetch()
+            self._pipeline.step(run)
+            self._heartbeat.report(_progress(run, rows))
+            rows = self._drop_ended(run, rows)
+        for drawing, pixels in zip(rows, self._pipeline.decode(run), strict=True):
+            drawing.work.pixels[drawing.index] = pixels
+        self._heartbeat.pulse()
+        self._count(batch, run, (time.perf_counter() - start) * 1000)
+        for work in dict.fromkeys(drawing.work for drawing in rows):
+            for stage, spent_ms in run.timing_ms.items():
+                work.timing_ms[stage] = work.timing_ms.get(stage, 0.0) + spent_ms
+            if work.drawn:
+                self._finisher.finish(work)
+
+    def _drop_ended(self, run: BatchRun, rows: Sequence[Drawing]) -> list[Drawing]:
+        """Between two steps: take out the rows whose job is cancelled, too late, or over elsewhere."""
+        for work in dict.fromkeys(drawing.work for drawing in rows):
+            verdict = self._heartbeat.verdict(work.lease)
+            if verdict is Verdict.CANCEL:
+                self._finisher.fail(work, CANCELLED, JobStatus.CANCELLED)
+            elif verdict is Verdict.GONE:
+                work.ended = True
+                self._heartbeat.release([work.lease])
+            elif self._clock() >= work.job.deadline_ms:
+                self._finisher.fail(work, TOO_LATE)
+        ended = [row for row, drawing in enumerate(rows) if drawing.work.ended]
+        if ended:
+            run.drop(ended)
+        return [drawing for drawing in rows if not drawing.work.ended]
+
+    def _count(self, batch: Sequence[Drawing], run: BatchRun, busy_ms: float) -> None:
+        self._metrics.observe_batch(
+            self._model,
+            size=len(batch),
+            capacity=pick_batch(len(batch), self._pipeline.manifest.batch_sizes),
+            num_steps=sum(run.step_index),
+            busy_ms=busy_ms,
+            gpu=DEVICE,
+        )
+
+
+def run_worker(settings: WorkerSettings) -> int:
+    """Serve one bundle until SIGTERM or SIGINT. Call it from the main thread of a process of its own.
+
+    Returns:
+        0 after an orderly end, 1 if the device was lost, 2 if the bundle, Redis or the store cannot be used.
+    """
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    metrics = Metrics()
+    started = time.perf_counter()
+    try:
+        pipeline = Pipeline.load(settings.bundle, backend=settings.backend, num_threads=settings.num_threads)
+    except EngineError as error:
+        log.critical("%s", error, extra={"code": error.code})
+        return EXIT_UNUSABLE
+    for warning in pipeline.warnings:
+        log.warning("%s", warning)
+    pipeline.warm_up()
+    manifest = pipeline.manifest
+    metrics.model_load.labels(manifest.name).set(time.perf_counter() - started)
+    metrics.engine_info.labels(manifest.name, pipeline.backend, manifest.version).set(1)
+    server = MetricsServer(metrics, settings.host, settings.metrics_port) if settings.metrics_port else None
+    try:
+        return EXIT_OK if stopping.is_set() else _serve(settings, pipeline, metrics, stopping)
+    finally:
+        if server is not None:
+            server.close()
+
+
+def _serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stopping: threading.Event) -> int:
+    """Lease and draw until `stopping`, then end in order: nothing that was started is left undone."""
+    manifest, clock = pipeline.manifest, system_now_ms
+    info = _worker_info(pipeline)
+    queue = WorkerQueue(settings.redis_url, model=manifest.name, consumer=info.id, clock=clock)
+    cost_ms = _cost_model(manifest, pipeline.backend)
+    heartbeat = Heartbeat(
+        queue,
+        info,
+        manifest.model_dump_json(),
+        metrics,
+        lease_s=settings.lease_s,
+        stall_s=_stall_s(manifest, cost_ms),
+        on_stall=lambda: os._exit(EXIT_ENGINE_LOST),  # a hung device call never returns to an orderly end
+    )
+    inbox = Inbox(
+        queue,
+        heartbeat,
+        metrics,
+        max_batch=manifest.max_batch,
+        cost_ms=cost_ms,
+        lease_s=settings.lease_s,
+        stopping=stopping,
+        clock=clock,
+    )
+    store = ResultStore(settings.store_url)
+    finisher = Finisher(queue, store, heartbeat, metrics, version=manifest.version, clock=clock)
+    if not _announce(heartbeat, stopping):
+        return EXIT_OK
+    log.info("ready on %s", pipeline.backend, extra={"model": manifest.name, "worker": info.id})
+    try:
+        Worker(pipeline, inbox, finisher, heartbeat, metrics, clock=clock).run()
+    except EngineLostError:
+        log.exception("the device is lost")
+        return EXIT_ENGINE_LOST
+    finally:
+        try:
+            log.info("handed back %d jobs", inbox.close(), extra={"worker": info.id})
+            finisher.close()
+            heartbeat.close()
+            queue.leave()
+        except QueueError as error:
+            log.warning("left without saying so: %s", error)
+        queue.close()
+    return EXIT_OK
+
+
+def _announce(heartbeat: Heartbeat, stopping: threading.Event) -> bool:
+    """Start the heartbeat as soon as Redis answers; False if the worker is to stop before that."""
+    while not stopping.is_set():
+        try:
+            heartbeat.start()
+        except QueueError as error:
+            log.warning("waiting for Redis: %s", error)
+            stopping.wait(1.0)
+        else:
+            return True
+    return False
+
+
+def _worker_info(pipeline: Pipeline) -> WorkerInfo:
+    manifest, host = pipeline.manifest, socket.gethostname()
+    return WorkerInfo(
+        id=f"{host}-{os.getpid()}-{secrets.token_hex(4)}",
+        model=manifest.name,
+        kind=manifest.kind,
+        version=manifest.version,
+        backend=pipeline.backend,
+        max_batch=manifest.max_batch,
+        pid=os.getpid(),
+        host=host,
+        started_ms=system_now_ms(),
+        warnings=tuple(pipeline.warnings),
+    )
+
+
+def _cost_model(manifest: Manifest, backend: str) -> CostModel:
+    """The bundle's measured times on `backend`; where it has none, every batch is taken to cost the same."""
+
+    @functools.cache
+    def cost_ms(bucket: Bucket, num_steps: int, batch: int) -> float:
+        try:
+            return manifest.predict_ms(bucket, num_steps, batch, backend)  # type: ignore[arg-type]
+        except ValueError:
+            return 1.0
+
+    return cost_ms
+
+
+def _stall_s(manifest: Manifest, cost_ms: CostModel) -> float:
+    steps, batch = max(manifest.num_steps), manifest.max_batch
+    slowest_ms = max(cost_ms(bucket, steps, batch) for bucket in manifest.buckets)
+    return max(MIN_STALL_S, STALL_FACTOR * slowest_ms / 1000)
+
+
+def _sample(drawing: Drawing) -> Sample:
+    spec = drawing.work.spec
+    return Sample(
+        prompt=spec.prompt,
+        seed=drawing.work.seed(drawing.index),
+        num_steps=spec.num_steps,
+        bucket=spec.bucket,
+    )
+
+
+def _steps_left(run: BatchRun) -> int:
+    """Denoiser calls until the whole batch is finished."""
+    return max(sample.num_steps - done for sample, done in zip(run.samples, run.step_index, strict=True))
+
+
+def _progress(run: BatchRun, rows: Sequence[Drawing]) -> dict[Lease, int]:
+    """How far (0..100) the jobs of a batch are, counting the samples that they had in earlier ones."""
+    in_batch: dict[Work, float] = {}
+    for drawing, done in zip(rows, run.step_index, strict=True):
+        in_batch[drawing.work] = in_batch.get(drawing.work, 0.0) + done / drawing.work.spec.num_steps
+    return {
+        work.lease: int(100 * (work.num_drawn + fraction) / work.spec.num_samples)
+        for work, fraction in in_batch.items()
+    }
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """True for Python's, the CPU allocator's and CUDA's ways to say so."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _device_lost(error: Exception) -> bool:
+    """True for a CUDA error that leaves the context unusable: every later call would fail as well."""
+    return "CUDA error" in str(error) and not _out_of_memory(error)
+
+
+def _job_error(error: Exception) -> JobError:
+    """What the client is told; details are in the log."""
+    if _out_of_memory(error):
+        return JobError(code="out_of_memory", message="one sample of this size does not fit into memory")
+    if isinstance(error, EngineError):
+        return JobError(code=error.code, message=str(error))
+    return JobError(code="generation_failed", message="the engine failed on this request")
