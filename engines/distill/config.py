@@ -37,6 +37,7 @@ class DistillConfig(BaseModel):
         num_steps: how often each K is trained, K: weight.
         default_num_steps: the K whose steps embedding stays zero, so that software that knows nothing of it
             samples with this K.
+        examples: prompts that show what the student can draw; its users are offered them.
         objective: see `tdm.Objective`.
         iterations: of one student update, and `fake_updates` fake score updates, each.
         batch_size: rows per iteration, each with its own prompt, K and step.
@@ -67,6 +68,7 @@ class DistillConfig(BaseModel):
     max_text_tokens: PositiveInt | None = None
     num_steps: dict[PositiveInt, PositiveFloat] = {4: 0.6, 2: 0.25, 1: 0.15}
     default_num_steps: PositiveInt = 4
+    examples: tuple[str, ...] = ()
     objective: Objective = Objective()
     iterations: PositiveInt
     batch_size: PositiveInt
@@ -103,6 +105,7 @@ class DistillConfig(BaseModel):
 
 
 _NOT_NUMERICS = {
+    "examples",
     "out",
     "device",
     "num_threads",

@@ -131,6 +131,7 @@ def describe(
         "solver": "ddim",
         "guidance_scale": 1.0,
         "max_text_tokens": max_text_tokens,
+        "examples": list(config.examples),
         "teacher": {"path": config.teacher.as_posix(), "guidance_scale": config.objective.guidance_scale},
         "training": dict(training),
         "gate": None,
