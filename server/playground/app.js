@@ -8,12 +8,12 @@ const STAGES = ["queue", "batch", "encode", "denoise", "decode", "pack", "store"
 const LABELS = { rest: "network and the rest" };
 
 const FALLBACK_EXAMPLES = [
-  "a large red sphere on the left, on grass, at sunset",
-  "a small blue cube on the right",
-  "a yellow cone and a purple torus",
-  "a green cylinder behind an orange sphere",
-  "a large white torus, on grass",
-  "a cyan cube and a red cone, at sunset",
+  "a large red sphere on the left, on grass at sunset",
+  "a small blue cube left of a large yellow cone, on sand by day",
+  "a large white torus in the middle, on stone at night",
+  "a small cyan sphere behind a large orange cylinder, on sand at sunset",
+  "a large green cone on the right, on grass by day",
+  "a purple torus left of a white cube, on stone at night",
 ];
 
 const ICONS = {
@@ -263,7 +263,9 @@ function show(index) {
 function picture(job, image, i) {
   const source = local(image.url);
   const alt = job.data.length > 1 ? `${job.prompt}, picture ${i + 1} of ${job.data.length}` : job.prompt;
-  const inner = [make("img", { src: source, alt: "", className: "halo" }), make("img", { src: source, alt, title: `seed ${image.seed}` })];
+  const shown = make("img", { src: source, alt, title: `seed ${image.seed}` });
+  const inner = [make("img", { src: source, alt: "", className: "halo" }), shown];
+  shown.addEventListener("load", () => enlarge(shown), { once: true });
   if (job.data.length === 1) return make("div", { className: "picture" }, ...inner);
   // One of several opens on its own: the same seed draws the same picture.
   const open = () => {
@@ -271,6 +273,21 @@ function picture(job, image, i) {
     remember({ job: alone, elapsedMs: state.history[state.shown].elapsedMs });
   };
   return make("button", { type: "button", className: "picture", onclick: open }, ...inner);
+}
+
+// Browsers enlarge small pictures with visible steps. A canvas over the picture holds a smoother enlargement: the
+// picture, and over it the same blurred by less than one of its pixels (alone, the blur would fade at the borders).
+function enlarge(image) {
+  const size = Math.round(image.clientWidth * devicePixelRatio);
+  if (size <= image.naturalWidth) return;
+  const canvas = make("canvas", { width: size, height: size });
+  canvas.setAttribute("aria-hidden", "true");
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(image, 0, 0, size, size);
+  context.filter = `blur(${(0.45 * size) / image.naturalWidth}px)`;
+  context.drawImage(image, 0, 0, size, size);
+  image.after(canvas);
 }
 
 function showFacts(job, elapsedMs) {
@@ -319,7 +336,8 @@ function showHistory() {
     return thumb;
   });
   $("history").replaceChildren(...thumbs);
-  $("history").children[state.shown]?.scrollIntoView({ block: "nearest", inline: "nearest" });
+  const current = $("history").children[state.shown];
+  if (current) $("history").scrollLeft = current.offsetLeft - $("history").clientWidth / 2;
 }
 
 /* Wiring */
