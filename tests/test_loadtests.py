@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "engines", "build", student, "--out", folder / "bundle", "--backends=eager"],
         cwd=ROOT,
         check=True,
-        timeout=240,
+        timeout=500,
     )
     return folder / "bundle"
 
@@ -64,7 +64,7 @@ def run_smoke(base_url: str) -> subprocess.CompletedProcess[str]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
 
 
