@@ -302,9 +302,15 @@ class Gate:
         by_key = {row.key: row for row in self.rows}
         shown = [by_key[key] for key in wanted if key in by_key]
         prompts = make_prompts(SHEET_SEED, {"one_object": 3, "two_objects": 3, "held_out": 2})
-        titles = [(row.label, f"{row.nfe} evaluation{'s' if row.nfe > 1 else ''}") for row in shown]
+        titles = [_title(row) for row in shown]
         pictures = [self.paint(row, prompts) for row in shown]
         return contact_sheet(titles, pictures, [scene.caption() for scene in prompts.scenes])
+
+
+def _title(row: Row) -> tuple[str, str]:
+    name, _, guidance = row.label.partition(f", {_steps(row.num_steps)}")
+    evaluations = f"{row.nfe} evaluation{'s' if row.nfe > 1 else ''}"
+    return f"{name}, {_steps(row.num_steps)}", f"{evaluations}{guidance}"
 
 
 def _line(seed: int, row: Row, measurement: Measurement) -> str:
