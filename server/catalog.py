@@ -10,19 +10,22 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
 from engines.bucket import Bucket
-from engines.bundle import Manifest
+from engines.bundle import Backend, Manifest
 from server.admission import Load
 from server.errors import ModelNotFoundError, NoWorkerError
 from server.queue.queue import JobQueue
 from server.queue.records import QueueStats
 
 MAX_AGE_S = 0.5
+UNMEASURED_MS = 1000.0
+"""Taken for a batch of a bundle that was never measured."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +64,19 @@ class ServedModel:
         )
 
     def batch_ms(self, bucket: Bucket, num_steps: int) -> Callable[[int], float]:
-        """Predicted time of a batch by its number of samples, from the bundle's measured table."""
-        return lambda num_samples: self.manifest.predict_ms(bucket, num_steps, num_samples)
+        """Predicted time of a batch by its number of samples, from the bundle's measured table.
+
+        Workers may run another backend than the fastest that was measured; what runs decides.
+        """
+        backends = [*(worker.backend for worker in self.stats.workers), self.manifest.backend]
+
+        def predict(num_samples: int) -> float:
+            for backend in backends:
+                with suppress(ValueError):  # this backend was not measured
+                    return self.manifest.predict_ms(bucket, num_steps, num_samples, cast("Backend", backend))
+            return UNMEASURED_MS
+
+        return predict
 
 
 class Catalog:
