@@ -14,7 +14,8 @@ def seeded_latents(
     """Draw unit-variance noise, one generator per row, so that a seed gives the same latents in any batch.
 
     Drawn on the CPU in fp32 whatever `dtype` is: a picture must not change with the device or precision that
-    serves it.
+    serves it. Each row is what `torch.randn` draws from a generator of that seed, which is also how diffusers
+    makes its latents; torch looks at the low 32 bits of a seed.
 
     Args:
         seeds: B integers in [0, 2**63).

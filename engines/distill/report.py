@@ -44,10 +44,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     num_prompts = sum(setup["counts"].values())
     counts = ", ".join(f"{setup['counts'][group]} {name}" for group, name in GROUPS.items())
     notes = [
-        f"Mean ± sd over {len(setup['seeds'])} seeds of {num_prompts} prompts ({counts}); each has its own",
-        "prompts and noise, the same for every row. Exact: the judge reads every captioned attribute as asked.",
-        f"Fréchet distance: judge's features, {setup['num_axes']} principal axes, in % of the real renders' total",
-        f"variance, n = {num_prompts} against {setup['num_reference']} renders of other scenes; it depends on n.",
+        f"Mean ± sd over {len(setup['seeds'])} seeds of {num_prompts} prompts ({counts}).",
+        "Each seed has its own prompts and noise, the same for every row.",
+        "Exact: the judge reads every captioned attribute as asked.",
+        f"Fréchet distance: in the judge's features, {setup['num_axes']} principal axes, in % of the real",
+        f"renders' variance, n = {num_prompts} against {setup['num_reference']} renders of other scenes.",
         "NFE: transformer evaluations per picture, two per guided step.",
     ]
     return "\n".join([f"# Gate of {report['name']}: {verdict}", "", *criteria, "", *table, "", *notes, ""])

@@ -30,6 +30,8 @@ from engines.schedule import NoiseSchedule
 
 AUTOCAST = {"none": None, "bfloat16": torch.bfloat16}
 FINAL_LR_FACTOR = 0.05
+SEED_STRIDE = 1_000_003
+"""Iterations before the next seed's draws repeat. Torch seeds its generators from the low 32 bits alone."""
 
 
 def distill(config: DistillConfig, console: Console) -> Path:
@@ -141,7 +143,7 @@ class Trainer:
     def step(self) -> None:
         """One iteration: roll out, update the fake score at the landing points, then the student."""
         config, state = self.config, self.state
-        rng = torch.Generator().manual_seed(config.seed << 32 | state.iteration)
+        rng = torch.Generator().manual_seed(config.seed * SEED_STRIDE + state.iteration)
         factor = lr_factor(state.iteration, config)
         cond = self.bank.draw(config.batch_size, rng)
         noise = torch.randn(config.batch_size, *self.shape, generator=rng).to(self.device)

@@ -14,11 +14,21 @@ from torch import Tensor
 from engines.demo.judge import Judge
 from engines.distill.cli import add_gate_parser
 from engines.distill.frechet import Reference, frechet_distance
-from engines.distill.gate import Gate, GateConfig, group_counts, make_prompts, make_rows, measure, noise_seeds
+from engines.distill.gate import (
+    SHEET_SEED,
+    Gate,
+    GateConfig,
+    group_counts,
+    make_prompts,
+    make_rows,
+    measure,
+    noise_seeds,
+)
 from engines.distill.report import GROUPS, contact_sheet, markdown
 from engines.distill.verdict import Measurement, Row, Summary, check, make_report, record_verdict
 from engines.errors import CheckpointError, ConfigError
 from engines.families.student import read_student
+from engines.noise import seeded_latents
 from tests.engines.tiny import make_tiny_checkpoint
 
 
@@ -85,7 +95,8 @@ def test_prompts_of_a_seed_are_the_three_kinds() -> None:
 
 
 def test_noise_differs_between_seeds_and_pictures() -> None:
-    assert len({*noise_seeds(0, 1000), *noise_seeds(1, 1000)}) == 2000
+    seeds = [*noise_seeds(0, 50), *noise_seeds(1, 50), *noise_seeds(SHEET_SEED, 50)]
+    assert len({row.numpy().tobytes() for row in seeded_latents(seeds, (1, 2, 2))}) == 150
 
 
 # Measurement

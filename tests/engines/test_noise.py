@@ -19,6 +19,13 @@ def test_different_seeds_give_different_unit_variance_noise() -> None:
     assert abs((latents[0] * latents[1]).mean().item()) < 0.2
 
 
+def test_noise_is_what_diffusers_would_start_from() -> None:
+    from diffusers.utils.torch_utils import randn_tensor
+
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    assert torch.equal(seeded_latents([7, 8], SHAPE), randn_tensor((2, *SHAPE), generator=generators))
+
+
 def test_lower_precision_rounds_the_same_noise() -> None:
     assert torch.equal(seeded_latents([3], SHAPE, torch.bfloat16), seeded_latents([3], SHAPE).bfloat16())
 
