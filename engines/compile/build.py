@@ -37,7 +37,7 @@ from engines.compile.measure import measure_stage
 from engines.compile.needed import EAGER_ASKED_FOR, NO_COMPILER, has_compiler
 from engines.compile.parity import check_parity
 from engines.compile.progress import BuildProgress
-from engines.compile.student_files import DERIVED, copy_student
+from engines.compile.student_files import DERIVED, copy_report, copy_student
 from engines.errors import CheckpointError, CompileError
 from engines.families.checkpoint import read_json
 from engines.families.spec import get_family
@@ -92,6 +92,8 @@ def build_bundle(settings: BuildSettings, progress: BuildProgress) -> Manifest:
     torch.set_num_threads(settings.num_threads)
     checkpoint = settings.out / "checkpoint"
     copy_student(settings.student, checkpoint)
+    if not (checkpoint.exists() and checkpoint.samefile(settings.student)):
+        copy_report(settings.student, settings.out / "report")
     if not (checkpoint / DERIVED).is_file():
         write_fast_tokenizer(checkpoint / "tokenizer")
     family = get_family(student.family)

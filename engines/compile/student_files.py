@@ -43,6 +43,13 @@ def copy_student(student: Path, checkpoint: Path) -> None:
         partial.replace(target)
 
 
+def copy_report(student: Path, report: Path) -> None:
+    """Make `report` hold what the student's quality gate left: tables and a contact sheet, for people."""
+    shutil.rmtree(report, ignore_errors=True)
+    if (student / "report").is_dir():
+        shutil.copytree(student / "report", report, ignore=shutil.ignore_patterns(".*"))
+
+
 def changed_file(student: Path, manifest: Manifest) -> str | None:
     """The first file in which a student differs from the one in a bundle; None if it is the same."""
     names = student_files(student)

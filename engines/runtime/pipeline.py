@@ -169,7 +169,7 @@ class Pipeline:
             manifest,
             stages or _load_eager(bundle_dir, manifest),
             PromptTokenizer(checkpoint / "tokenizer", manifest.max_text_tokens),
-            NoiseSchedule.from_config(read_json(checkpoint / "scheduler" / "scheduler_config.json")),
+            _load_schedule(checkpoint / "scheduler" / "scheduler_config.json"),
             backend="eager" if stages is None else "aotinductor",
             warnings=warnings,
         )
@@ -299,6 +299,13 @@ class Pipeline:
                 self._prompts.put(prompt, known[prompt])
         entries = [known[prompt] for prompt in prompts]
         return torch.stack([text for text, _ in entries]), torch.stack([mask for _, mask in entries])
+
+
+def _load_schedule(path: Path) -> NoiseSchedule:
+    try:
+        return NoiseSchedule.from_config(read_json(path))
+    except ValueError as error:
+        raise BundleError("checkpoint.scheduler", str(error)) from None
 
 
 def _load_eager(bundle: Path, manifest: Manifest) -> Stages:

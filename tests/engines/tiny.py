@@ -107,10 +107,6 @@ def _make_pipeline(
             **transformer_config,
         }
     )
-    if student:
-        make_step_aware(transformer)
-        with torch.no_grad():
-            transformer.adaln_single.emb.steps_embedding.weight[1:3].normal_(std=0.5)
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -124,6 +120,10 @@ def _make_pipeline(
     with torch.no_grad():
         # random decoders paint grey; a larger last layer gives every pixel something to disagree about
         vae.decoder.conv_out.weight.mul_(4.0)
+    if student:  # last, so that teacher and student of one seed share all other weights
+        make_step_aware(transformer)
+        with torch.no_grad():
+            transformer.adaln_single.emb.steps_embedding.weight[1:3].normal_(std=0.5)
     scheduler = DDIMScheduler(
         **{
             "num_train_timesteps": 1000,

@@ -1,0 +1,56 @@
+"""A tiny student and the bundles built from it, once per test run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from engines.compile.build import BuildSettings, build_bundle, num_pieces
+from engines.compile.progress import BuildProgress
+from tests.engines.tiny import make_tiny_checkpoint
+
+BATCH_SIZES = (1, 2, 4)
+
+
+def build_settings(student: Path, out: Path) -> BuildSettings:
+    """Settings of a bundle without compiled code, which takes a second to build."""
+    return BuildSettings(
+        student=student,
+        out=out,
+        batch_sizes=BATCH_SIZES,
+        backends=("eager",),
+        num_threads=1,
+        num_jobs=2,
+        decode_dtype="float32",
+        force=False,
+        allow_eager=False,
+    )
+
+
+def build(settings: BuildSettings) -> Path:
+    """Build quietly; return where."""
+    with BuildProgress(Console(quiet=True), num_pieces(settings)) as progress:
+        build_bundle(settings, progress)
+    return settings.out
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student directory; do not write to it."""
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "student")
+
+
+@pytest.fixture(scope="session")
+def eager_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle without compiled code; do not write to it."""
+    return build(build_settings(tiny_student, tmp_path_factory.mktemp("eager") / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def compiled_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle compiled for this machine, the one real compilation of the test run; do not write to it."""
+    settings = build_settings(tiny_student, tmp_path_factory.mktemp("compiled") / "bundle")
+    return build(replace(settings, backends=("aotinductor",)))
