@@ -83,6 +83,9 @@ class ResultStore:
                 if _stored_at(info) < horizon:
                     self._fs.rm_file(path)
                     removed += 1
+                    if self._is_local:
+                        with suppress(OSError):  # other files are in it
+                            Path(path).parent.rmdir()
         return removed
 
     def _path(self, key: str) -> str:

@@ -21,6 +21,7 @@ from engines.bundle import Manifest
 from engines.errors import EngineError
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from server.batching import CostModel
+from server.expiry import Expiry
 from server.finisher import Finisher
 from server.heartbeat import Heartbeat
 from server.inbox import Inbox
@@ -175,14 +176,18 @@ def run_worker(settings: WorkerSettings) -> int:
     metrics.engine_info.labels(manifest.name, pipeline.backend, manifest.version).set(1)
     server = MetricsServer(metrics, settings.host, settings.metrics_port) if settings.metrics_port else None
     try:
-        return EXIT_OK if stopping.is_set() else _serve(settings, pipeline, metrics, stopping)
+        return EXIT_OK if stopping.is_set() else serve(settings, pipeline, metrics, stopping)
     finally:
         if server is not None:
             server.close()
 
 
-def _serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stopping: threading.Event) -> int:
-    """Lease and draw until `stopping`, then end in order: nothing that was started is left undone."""
+def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stopping: threading.Event) -> int:
+    """Lease and draw until `stopping`, then end in order: what was started is finished, the rest handed back.
+
+    Returns:
+        As `run_worker`.
+    """
     manifest, clock = pipeline.manifest, system_now_ms
     info = _worker_info(pipeline)
     queue = WorkerQueue(settings.redis_url, model=manifest.name, consumer=info.id, clock=clock)
@@ -208,8 +213,11 @@ def _serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stopp
     )
     store = ResultStore(settings.store_url)
     finisher = Finisher(queue, store, heartbeat, metrics, version=manifest.version, clock=clock)
+    expiry = Expiry(store, settings.result_ttl_s)
     if not _announce(heartbeat, stopping):
         return EXIT_OK
+    if settings.index == 0:
+        expiry.start()
     log.info("ready on %s", pipeline.backend, extra={"model": manifest.name, "worker": info.id})
     try:
         Worker(pipeline, inbox, finisher, heartbeat, metrics, clock=clock).run()
@@ -225,6 +233,8 @@ def _serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stopp
         except QueueError as error:
             log.warning("left without saying so: %s", error)
         queue.close()
+        if settings.index == 0:
+            expiry.close()
     return EXIT_OK
 
 

@@ -1,9 +1,10 @@
 """Real Redis servers for the tests: the embedded Valkey, and Debian's redis-server where installed."""
 
+import asyncio
 import shutil
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +24,20 @@ STREAM = f"q:{{{MODEL}}}:s"
 T = TypeVar("T")
 
 
-def poll(look: Callable[[], T], *, timeout_s: float = 30.0) -> T:
+def poll(look: Callable[[], T], *, timeout_s: float = 120.0) -> T:
     """The first truthy answer of `look`."""
     deadline = time.monotonic() + timeout_s
     while not (found := look()):
         assert time.monotonic() < deadline, f"still {found!r} after {timeout_s} s"
         time.sleep(0.01)  # the pace of the polling, not a synchronisation
     return found
+
+
+async def poll_async(look: Callable[[], Awaitable[bool]], *, timeout_s: float = 120.0) -> None:
+    """Return once `look` says yes."""
+    async with asyncio.timeout(timeout_s):
+        while not await look():  # noqa: ASYNC110 - the other side is another process: it sets no event of ours
+            await asyncio.sleep(0.01)  # the pace of the polling, not a synchronisation
 
 
 class Clock:
@@ -164,11 +172,11 @@ def worker_info(name: str, *, max_batch: int = 8) -> WorkerInfo:
     )
 
 
-def let_leases_lapse(client: redis.Redis, idle_ms: int = 60_000) -> None:
+def let_leases_lapse(client: redis.Redis, *, stream: str = STREAM, idle_ms: int = 60_000) -> None:
     """Make every lease as old as if nobody had extended it for `idle_ms`."""
-    pending: Any = client.xpending_range(STREAM, GROUP, "-", "+", 1000)
+    pending: Any = client.xpending_range(stream, GROUP, "-", "+", 1000)
     for entry in pending:
-        client.xclaim(STREAM, GROUP, entry["consumer"], 0, [entry["message_id"]], idle=idle_ms, justid=True)
+        client.xclaim(stream, GROUP, entry["consumer"], 0, [entry["message_id"]], idle=idle_ms, justid=True)
 
 
 def socket_of(url: str) -> Path:
