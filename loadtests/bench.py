@@ -69,7 +69,7 @@ class Contender(Protocol):
 class OurServer:
     """`python -m server up` on a data directory of its own; the first start builds the bundle."""
 
-    name = "this server"
+    name = "tdm-server"
 
     def __init__(self, bundle: Path | None, scratch: Path) -> None:
         self._bundle = bundle
@@ -94,7 +94,7 @@ class DiffusersBehindALock:
     """`loadtests.peers.diffusers_lock` with a number of threads for torch."""
 
     def __init__(self, student: Path, num_threads: int, scratch: Path) -> None:
-        self.name = f"diffusers behind a lock, {num_threads} thread{'s' * (num_threads > 1)}"
+        self.name = f"diffusers + lock, {num_threads} thread{'s' * (num_threads > 1)}"
         self._student = student
         self._num_threads = num_threads
         self._scratch = scratch
@@ -223,13 +223,21 @@ def table(result: dict[str, Any]) -> Table:
         title=f"{hardware['cpu']}, {hardware['cores']} cores, commit {result['commit']}",
         caption=(
             f"medians of {plan['rounds']} alternating rounds; idle: one request at a time; "
-            f"saturated: {plan['concurrency']} clients for {plan['seconds']:g} s; "
+            f"saturated: {plan['concurrency']} clients for {plan['seconds']:g} s. "
             f"{result['ratio_pictures_per_s']} times the pictures/s; "
-            f"pixels differ by at most {result['largest_pixel_difference']} of 255"
+            f"pixels differ by at most {result['largest_pixel_difference']} of 255."
         ),
+        min_width=80,
     )
-    shown.add_column("server")
-    for heading in ("ready, s", "idle p50, ms", "p95", "pictures/s", "saturated p50, ms", "p95"):
+    shown.add_column("server", no_wrap=True)
+    for heading in (
+        "ready\ns",
+        "idle p50\nms",
+        "idle p95\nms",
+        "pictures\nper s",
+        "sat. p50\nms",
+        "sat. p95\nms",
+    ):
         shown.add_column(heading, justify="right")
     for name, medians in result["medians"].items():
         shown.add_row(name, *(f"{value:g}" for value in medians.values()))

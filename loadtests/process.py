@@ -72,7 +72,7 @@ class ServerProcess:
                     self._stop()
                     tail = self._log.read_text(errors="replace")[-2000:]
                     raise RuntimeError(f"{self._command} was not ready after {waited_s:.0f} s:\n{tail}")
-                time.sleep(0.02)
+                time.sleep(0.1)
         self.ready_s = time.monotonic() - started_s
         return self
 
