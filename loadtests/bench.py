@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import aiohttp
 import numpy as np
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -227,7 +228,7 @@ def table(result: dict[str, Any]) -> Table:
             f"{result['ratio_pictures_per_s']} times the pictures/s; "
             f"pixels differ by at most {result['largest_pixel_difference']} of 255."
         ),
-        min_width=80,
+        box=box.SIMPLE_HEAD,
     )
     shown.add_column("server", no_wrap=True)
     for heading in (
@@ -240,7 +241,9 @@ def table(result: dict[str, Any]) -> Table:
     ):
         shown.add_column(heading, justify="right")
     for name, medians in result["medians"].items():
-        shown.add_row(name, *(f"{value:g}" for value in medians.values()))
+        shown.add_row(
+            name, *(f"{value:.0f}" if value >= 100 else f"{value:.1f}" for value in medians.values())
+        )
     return shown
 
 
