@@ -19,7 +19,9 @@ from server.metrics import Metrics
 MAX_BODY_BYTES = 64 * 1024
 DRAIN_BYTES = 1024 * 1024
 BODY_TIMEOUT_S = 10.0
+PROBES = frozenset({"/healthz", "/readyz"})
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 logger = logging.getLogger("server.access")
@@ -74,7 +76,9 @@ class RequestContext:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         self._metrics.http_requests.labels(route, method, str(status)).inc()
         self._metrics.http_request_duration.labels(route).observe(duration_s)
-        logger.info(
+        # Probes come every few seconds for ever; they tell something only when somebody looks for it.
+        logger.log(
+            logging.DEBUG if route in PROBES else logging.INFO,
             "request",
             extra={
                 "method": method,
@@ -83,9 +87,6 @@ class RequestContext:
                 "duration_ms": round(duration_s * 1000, 1),
             },
         )
-
-
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class BodyLimit:

@@ -12,7 +12,7 @@ EXAMPLES = ["a large red sphere on the left, on grass, at sunset", "a blue cube"
 def make_manifest(name: str = "scenes", **changes: Any) -> Manifest:
     """An image model of 64x64 and 96x64 pixels (height x width), at 20 ms + 10 ms per sample and stage."""
     buckets = ["64x64", "96x64"]
-    stages = [
+    stages: list[dict[str, Any]] = [
         {"name": stage, "part": stage, "bucket": None, "inputs": [], "output": OUTPUT}
         for stage in ("text", "denoise", "decode")
     ]
