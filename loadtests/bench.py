@@ -235,7 +235,7 @@ def table(result: dict[str, Any]) -> Table:
         "ready\ns",
         "idle p50\nms",
         "idle p95\nms",
-        "pictures\nper s",
+        "images\nper s",
         "sat. p50\nms",
         "sat. p95\nms",
     ):
