@@ -147,35 +147,39 @@ def noise_seeds(seed: int, num: int) -> list[int]:
     return [seed * 100_000 + index for index in range(num)]
 
 
-class Progressed:
-    """Measurements so far, kept in a file so that a gate that was stopped goes on.
+class Measurements:
+    """What was measured so far, kept in a file.
+
+    A gate that was stopped goes on, and a teacher that was measured beside one student is not measured again
+    beside the next.
 
     Args:
         path: of the file.
-        identity: what measured them; a file of other models or settings is not used.
+        identities: per source of rows, a digest of everything its measurements depend on.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identities: dict[str, str]) -> None:
         self.path = path
-        self.identity = identity
+        self.identities = identities
         self._done: dict[str, Measurement] = {}
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return
-        if stored.get("identity") == identity:
-            self._done = {key: Measurement(**values) for key, values in stored["done"].items()}
+        self._done = {key: Measurement(**values) for key, values in stored.items()}
+
+    def _key(self, row: Row, seed: int) -> str:
+        return f"{row.key}@{seed}#{self.identities[row.source]}"
 
     def get(self, row: Row, seed: int) -> Measurement | None:
-        return self._done.get(f"{row.key}@{seed}")
+        return self._done.get(self._key(row, seed))
 
     def add(self, row: Row, seed: int, measurement: Measurement) -> None:
-        self._done[f"{row.key}@{seed}"] = measurement
-        done = {key: asdict(one) for key, one in self._done.items()}
-        write_json(self.path, {"identity": self.identity, "done": done})
+        self._done[self._key(row, seed)] = measurement
+        write_json(self.path, {key: asdict(one) for key, one in self._done.items()})
 
     def of(self, row: Row, num_seeds: int) -> list[Measurement]:
-        return [self._done[f"{row.key}@{seed}"] for seed in range(num_seeds)]
+        return [self._done[self._key(row, seed)] for seed in range(num_seeds)]
 
 
 class Gate:
@@ -212,7 +216,7 @@ class Gate:
             for name, directory in (("teacher", config.teacher), ("student", config.student))
         }
         config.out.mkdir(parents=True, exist_ok=True)
-        self.progressed = Progressed(config.out / "report.json.partial", _identity(config))
+        self.measurements = Measurements(config.out / "measurements.json", _identities(config))
 
     def run(self) -> dict[str, Any]:
         """Measure what is missing, write report and contact sheet, record the verdict in `student.json`.
@@ -226,12 +230,11 @@ class Gate:
             self.measure_all()
             sheet = self.contact_sheet()
         save_contact_sheet(config.out / "contact_sheet.png", sheet)
-        measured = [(row, self.progressed.of(row, config.seeds)) for row in self.rows]
+        measured = [(row, self.measurements.of(row, config.seeds)) for row in self.rows]
         report = make_report(self.student, self.setup(), measured, max(config.teacher_steps, default=0))
         write_json(config.out / "report.json", report)
         (config.out / "report.md").write_text(markdown(report), encoding="utf-8")
         record_verdict(config.student, report)
-        self.progressed.path.unlink(missing_ok=True)
         return report
 
     def setup(self) -> dict[str, Any]:
@@ -255,7 +258,7 @@ class Gate:
             (seed, row)
             for seed in range(config.seeds)
             for row in self.rows
-            if self.progressed.get(row, seed) is None
+            if self.measurements.get(row, seed) is None
         ]
         if not todo:
             return
@@ -277,7 +280,7 @@ class Gate:
                     prompts = make_prompts(seed, counts)
                 progress.update(task, description=f"seed {seed}: {row.label}")
                 measurement = measure(self.paint(row, prompts), prompts, self.judge, reference)
-                self.progressed.add(row, seed, measurement)
+                self.measurements.add(row, seed, measurement)
                 progress.advance(task, row.cost)
                 self.console.print(_line(seed, row, measurement), soft_wrap=True, highlight=False)
 
@@ -318,16 +321,18 @@ def _line(seed: int, row: Row, measurement: Measurement) -> str:
     return f"seed {seed}  {row.label}: {shares}  Fréchet {measurement.frechet:.2f} %"
 
 
-def _identity(config: GateConfig) -> dict[str, Any]:
-    """What has to be the same for measurements to be reused."""
+def _identities(config: GateConfig) -> dict[str, str]:
+    """What has to be the same for measurements to be reused, per source of rows."""
+    setting = [_hash([config.judge]), config.num_prompts, config.num_reference, config.autocast]
+    teacher, student = _weights_hash(config.teacher), _weights_hash(config.student)
+    parts: dict[str, list[object]] = {
+        "real": setting,
+        "vae": [*setting, _hash(sorted(config.student.glob("vae/*.safetensors")))],
+        "teacher": [*setting, teacher, config.guidance_scale],
+        "student": [*setting, student],
+    }
     return {
-        "student": _weights_hash(config.student),
-        "teacher": _weights_hash(config.teacher),
-        "judge": _hash([config.judge]),
-        "num_prompts": config.num_prompts,
-        "num_reference": config.num_reference,
-        "guidance_scale": config.guidance_scale,
-        "autocast": config.autocast,
+        source: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for source, part in parts.items()
     }
 
 
