@@ -33,6 +33,8 @@ from engines.runtime.aotinductor import Binding, dump_bindings, load_package
 INDUCTOR_CONFIG: dict[str, Any] = {
     # weights stay in the checkpoint: one copy for all packages, and a package outlives retraining
     "aot_inductor.package_constants_in_so": False,
+    # else weights of up to 8 elements, such as the last convolution's bias, are written into the code
+    "always_keep_tensor_constants": True,
 }
 
 

@@ -1,0 +1,406 @@
+"""One real compilation of the tiny student, and everything around it that needs none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from engines.bucket import Bucket
+from engines.bundle import StageSpec, TensorSpec, check_platform, read_manifest, verify_files
+from engines.compile import build as build_module
+from engines.compile import needed
+from engines.compile.aotinductor import CompileJob, bind_constants, compile_key, last_error_line
+from engines.compile.build import build_bundle, num_pieces
+from engines.compile.export import example_inputs, export_stage
+from engines.compile.measure import MAX_CALLS, MIN_CALLS, median_ms
+from engines.compile.needed import EAGER_ASKED_FOR, NO_COMPILER, reason_to_build
+from engines.compile.parity import check_parity, compare
+from engines.compile.progress import BuildProgress
+from engines.compile.verify import verify_bundle
+from engines.errors import CheckpointError, CompileError, ParityError
+from engines.platform import current_platform
+from engines.runtime.pipeline import Pipeline, Sample
+from engines.runtime.stages import EagerEngine, Stage
+from tests.engines.conftest import BATCH_SIZES, build, build_settings
+from tests.engines.tiny import make_tiny_checkpoint
+
+BUCKET = Bucket(64, 64)
+
+
+def doubling_spec(maximum: int | None = None) -> StageSpec:
+    """A stage that is none: four floats in, four out."""
+    return StageSpec(
+        name="denoise",
+        part="transformer",
+        bucket=BUCKET,
+        inputs=(TensorSpec(name="latents", dtype="float32", shape=(4,), maximum=maximum),),
+        output=TensorSpec(name="prediction", dtype="float32", shape=(4,)),
+    )
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return latents * self.factor
+
+
+def scaled_stage(factor: float) -> Stage:
+    return Stage(doubling_spec(), [EagerEngine(Scaled(factor), 4)], 4)
+
+
+# --- the compiled bundle ---
+
+
+def test_compiled_bundle_is_complete_and_fits_this_machine(compiled_bundle: Path) -> None:
+    manifest = verify_files(compiled_bundle)
+    assert manifest.backend == "aotinductor"
+    assert manifest.eager_only is None
+    assert check_platform(manifest) == []
+    assert {engine.stage for engine in manifest.engines} == {"text", "denoise", "decode"}
+    assert {(row.stage, row.batch, row.backend) for row in manifest.latency} == {
+        (stage, batch, backend)
+        for stage in ("text", "denoise", "decode")
+        for batch in BATCH_SIZES
+        for backend in ("eager", "aotinductor")
+    }
+    assert all(row.ms > 0 for row in manifest.latency)
+    assert manifest.predict_ms(BUCKET, 4, 2) > manifest.predict_ms(BUCKET, 1, 2)
+
+
+def test_compiled_code_agrees_with_eager_at_every_batch_size(compiled_bundle: Path) -> None:
+    parity = read_manifest(compiled_bundle).parity
+    assert {(row.stage, row.batch) for row in parity} == {
+        (stage, batch) for stage in ("text", "denoise", "decode") for batch in BATCH_SIZES
+    }
+    assert all(row.finite and row.cosine >= 0.999 for row in parity)
+    assert all(row.max_abs <= 2 for row in parity if row.stage == "decode")
+
+
+def test_packages_hold_code_and_the_checkpoint_the_weights(compiled_bundle: Path) -> None:
+    manifest = read_manifest(compiled_bundle)
+    for engine in manifest.engines:
+        with safe_open(compiled_bundle / engine.constants, framework="pt") as stream:
+            bindings = json.loads(stream.metadata()["bindings"])
+            own = set(stream.keys())
+        assert bindings
+        assert {binding["tensor"] for binding in bindings.values() if binding.get("own")} == own
+        # only the table of positions, which no checkpoint stores
+        assert own == ({"transformer.pos_embed.pos_embed"} if engine.stage == "denoise" else set())
+
+
+def test_building_leaves_nothing_behind(compiled_bundle: Path) -> None:
+    assert {path.name for path in compiled_bundle.iterdir()} == {"manifest.json", "checkpoint", "engines"}
+    modes = {path.stat().st_mode & 0o444 for path in compiled_bundle.rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
+def test_verification_repeats_the_parity_check(compiled_bundle: Path) -> None:
+    verdict = verify_bundle(compiled_bundle)
+    assert verdict.mismatches == []
+    assert len(verdict.parity) == 3 * len(BATCH_SIZES)
+
+
+def test_retrained_student_keeps_the_packages_and_draws_with_its_own_weights(
+    compiled_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(compiled_bundle, tmp_path / "bundle")
+    before = {path.name: path.stat().st_mtime_ns for path in (bundle / "engines").iterdir()}
+    student = make_tiny_checkpoint(tmp_path / "student", seed=1)
+    build(replace(build_settings(student, bundle), backends=("aotinductor",)))
+    after = {path.name: path.stat().st_mtime_ns for path in (bundle / "engines").iterdir()}
+    assert after == before
+    assert read_manifest(bundle).version != read_manifest(compiled_bundle).version
+    samples = [Sample(prompt="a red cube", seed=7, num_steps=2, bucket=BUCKET)]
+    retrained, eager, original = (
+        Pipeline.load(bundle).run(samples)[0].astype(int),
+        Pipeline.load(bundle, backend="eager").run(samples)[0].astype(int),
+        Pipeline.load(compiled_bundle).run(samples)[0].astype(int),
+    )
+    assert np.abs(retrained - eager).max() <= 2
+    assert np.abs(retrained - original).max() > 50
+
+
+def test_key_follows_code_and_machine_but_not_weights(compiled_bundle: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(compiled_bundle)
+    job = CompileJob(
+        family="pixart",
+        spec=manifest.stages[1],
+        min_batch=1,
+        max_batch=4,
+        num_threads=1,
+        bundle=compiled_bundle,
+        platform=current_platform(),
+    )
+    key = compile_key(job)
+    other_weights = tmp_path / "bundle"
+    make_tiny_checkpoint(other_weights / "checkpoint", seed=5)
+    assert key == manifest.engines[1].key
+    assert compile_key(replace(job, bundle=other_weights)) == key
+    assert compile_key(replace(job, max_batch=8)) != key
+    assert compile_key(replace(job, num_threads=2)) != key
+    elsewhere = job.platform.model_copy(update={"torch": "1.0"})
+    assert compile_key(replace(job, platform=elsewhere)) != key
+
+
+# --- without compiling ---
+
+
+def test_bundle_without_compiled_code_says_so(eager_bundle: Path) -> None:
+    manifest = read_manifest(eager_bundle)
+    assert (manifest.backend, manifest.engines, manifest.parity) == ("eager", [], [])
+    assert manifest.eager_only == EAGER_ASKED_FOR
+    assert manifest.predict_ms(BUCKET, 4, 3) > 0
+
+
+def test_machine_without_a_compiler_gets_an_eager_bundle_and_a_warning(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    settings = replace(build_settings(tiny_student, tmp_path / "bundle"), backends=("aotinductor",))
+    console = Console(record=True, width=200)
+    with BuildProgress(console, num_pieces(settings)) as progress:
+        manifest = build_bundle(settings, progress)
+    assert manifest.eager_only == NO_COMPILER
+    assert "no C++ compiler" in console.export_text()
+
+
+@pytest.mark.parametrize("allow_eager", [False, True])
+def test_failing_compiler_is_an_error_unless_eager_may_serve(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allow_eager: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise CompileError("stage decode: fatal error: omp.h: no such file")
+
+    monkeypatch.setattr(build_module, "_compile_all", fail)
+    monkeypatch.setattr(build_module, "has_compiler", lambda: True)
+    settings = replace(
+        build_settings(tiny_student, tmp_path / "bundle"), backends=("aotinductor",), allow_eager=allow_eager
+    )
+    if not allow_eager:
+        with pytest.raises(CompileError, match=r"omp\.h"):
+            build(settings)
+        assert not (tmp_path / "bundle" / "manifest.json").exists()
+        return
+    manifest = read_manifest(build(settings))
+    assert manifest.eager_only is not None
+    assert "omp.h" in manifest.eager_only
+
+
+def gated(directory: Path, *, passed: bool) -> Path:
+    student = make_tiny_checkpoint(directory)
+    path = student / "student.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "gate": {"passed": passed}}))
+    return student
+
+
+def test_student_that_failed_its_gate_needs_force(tmp_path: Path) -> None:
+    settings = build_settings(gated(tmp_path / "student", passed=False), tmp_path / "bundle")
+    with pytest.raises(CheckpointError, match=r"field gate\.passed.*--force"):
+        build(settings)
+    manifest = read_manifest(build(replace(settings, force=True)))
+    assert (manifest.gate.passed, manifest.gate.forced) == (False, True)
+
+
+def test_student_that_passed_its_gate_needs_no_force(tmp_path: Path) -> None:
+    student = gated(tmp_path / "student", passed=True)
+    (student / "report").mkdir()
+    (student / "report" / "report.md").write_text("all well")
+    bundle = build(build_settings(student, tmp_path / "bundle"))
+    manifest = read_manifest(bundle)
+    assert (manifest.gate.passed, manifest.gate.forced) == (True, False)
+    assert "report/report.md" in manifest.files
+    verify_files(bundle)
+
+
+def test_building_again_replaces_what_changed_and_deletes_what_is_gone(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    student = shutil.copytree(tiny_student, tmp_path / "student")
+    (student / "transformer" / "notes.txt").write_text("old")
+    bundle = build(build_settings(student, tmp_path / "bundle"))
+    (bundle / "engines").mkdir(exist_ok=True)
+    (bundle / "engines" / "stale.pt2").write_bytes(b"code of another machine")
+    (student / "transformer" / "notes.txt").unlink()
+    build(build_settings(student, bundle))
+    manifest = verify_files(bundle)
+    assert not [name for name in manifest.files if "notes" in name or "stale" in name]
+
+
+def test_bundle_can_be_rebuilt_from_its_own_checkpoint(eager_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(eager_bundle, tmp_path / "bundle")
+    build(build_settings(bundle / "checkpoint", bundle))
+    assert verify_files(bundle).version == read_manifest(eager_bundle).version
+
+
+# --- is a build needed? ---
+
+
+def reason(student: Path, bundle: Path, *, backends: tuple[str, ...] = ("eager",)) -> str | None:
+    return reason_to_build(student, bundle, batch_sizes=BATCH_SIZES, backends=backends, num_threads=1)
+
+
+def test_nothing_is_needed_for_a_fitting_bundle(tiny_student: Path, compiled_bundle: Path) -> None:
+    assert reason(tiny_student, compiled_bundle, backends=("aotinductor",)) is None
+    assert reason(compiled_bundle / "checkpoint", compiled_bundle, backends=("aotinductor",)) is None
+
+
+def test_missing_damaged_or_outdated_bundle_is_built(
+    tiny_student: Path, eager_bundle: Path, tmp_path: Path
+) -> None:
+    assert reason(tiny_student, eager_bundle) is None
+    assert reason(tiny_student, tmp_path) == "there is no bundle yet"
+    damaged = shutil.copytree(eager_bundle, tmp_path / "damaged")
+    (damaged / "checkpoint" / "model_index.json").unlink()
+    assert "damaged (files.checkpoint/model_index.json" in str(reason(tiny_student, damaged))
+    retrained = make_tiny_checkpoint(tmp_path / "retrained", seed=3)
+    assert "student has changed" in str(reason(retrained, eager_bundle))
+    grown = shutil.copytree(tiny_student, tmp_path / "grown")
+    (grown / "vae" / "notes.txt").write_text("new")
+    assert reason(grown, eager_bundle) == "the student has changed (vae/notes.txt)"
+    other = reason_to_build(tiny_student, eager_bundle, batch_sizes=(1,), backends=("eager",), num_threads=1)
+    assert other is not None
+    assert "batch sizes" in other
+
+
+def test_code_of_another_machine_is_built_anew(
+    tiny_student: Path, compiled_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = current_platform()
+    monkeypatch.setattr(needed, "current_platform", lambda: here.model_copy(update={"torch": "9.9"}))
+    found = reason(tiny_student, compiled_bundle, backends=("aotinductor",))
+    assert found is not None
+    assert "platform.torch" in found
+
+
+def test_eager_bundle_is_compiled_once_there_is_a_compiler(
+    tiny_student: Path, eager_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(eager_bundle, tmp_path / "bundle")
+    data = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**data, "eager_only": NO_COMPILER}))
+    monkeypatch.setattr(needed, "has_compiler", lambda: False)
+    assert reason(tiny_student, bundle, backends=("aotinductor",)) is None
+    monkeypatch.setattr(needed, "has_compiler", lambda: True)
+    assert reason(tiny_student, bundle, backends=("aotinductor",)) == "there is a C++ compiler now"
+
+
+# --- parity, export, measuring ---
+
+
+def test_parity_of_a_stage_with_itself_is_exact() -> None:
+    row = check_parity(doubling_spec(), scaled_stage(2), scaled_stage(2), 3, "aotinductor")
+    assert (row.max_abs, row.finite) == (0.0, True)
+    assert row.cosine == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"), [(-2.0, "cosine -1.00000"), (float("nan"), "not finite"), (0.0, "cosine 0.0")]
+)
+def test_stage_that_disagrees_is_refused(factor: float, message: str) -> None:
+    with pytest.raises(ParityError, match=f"stage denoise, batch 2, .*{message}"):
+        check_parity(doubling_spec(), scaled_stage(2), scaled_stage(factor), 2, "aotinductor")
+
+
+def test_agreement_is_that_of_the_worst_row() -> None:
+    reference = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    candidate = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert compare(reference, candidate).cosine == pytest.approx(0.0)
+
+
+def test_pixels_may_differ_by_two() -> None:
+    spec = doubling_spec().model_copy(
+        update={"name": "decode", "output": TensorSpec(name="pixels", dtype="uint8", shape=(4,))}
+    )
+
+    class Pixels(nn.Module):
+        def __init__(self, offset: int) -> None:
+            super().__init__()
+            self.offset = offset
+
+        def forward(self, latents: Tensor) -> Tensor:
+            return torch.full_like(latents, 100 + self.offset, dtype=torch.uint8)
+
+    def stage(offset: int) -> Stage:
+        return Stage(spec, [EagerEngine(Pixels(offset), 4)], 4)
+
+    assert check_parity(spec, stage(0), stage(2), 1, "aotinductor").max_abs == 2
+    with pytest.raises(ParityError, match="a pixel differs by 3 of 255, 2 are allowed"):
+        check_parity(spec, stage(0), stage(3), 1, "aotinductor")
+
+
+def test_example_inputs_depend_on_the_seed_alone_and_stay_in_range(eager_bundle: Path) -> None:
+    for spec in read_manifest(eager_bundle).stages:
+        first, again, other = (example_inputs(spec, 3, seed) for seed in (0, 0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        for tensor, expected in zip(first, spec.inputs, strict=True):
+            if expected.maximum is not None:
+                assert tensor.min() >= 0
+                assert tensor.max() <= expected.maximum
+            if expected.name == "mask":
+                assert (tensor[:, 0] == 1).all()
+
+
+def test_module_that_cannot_be_traced_is_a_compile_error() -> None:
+    class Branching(nn.Module):
+        def forward(self, latents: Tensor) -> Tensor:
+            return latents if latents.sum() > 0 else -latents
+
+    with pytest.raises(CompileError, match="stage denoise: export failed"):
+        export_stage(Branching(), doubling_spec(), min_batch=1, max_batch=4)
+
+
+def test_module_that_works_for_one_batch_size_only_is_a_compile_error() -> None:
+    class Fixed(nn.Module):
+        def forward(self, latents: Tensor) -> Tensor:
+            return latents.reshape(2, 4) * 2
+
+    with pytest.raises(CompileError, match="export failed"):
+        export_stage(Fixed(), doubling_spec(), min_batch=1, max_batch=4)
+
+
+def test_constants_are_found_under_any_of_their_names() -> None:
+    weights = {"shared.weight": torch.randn(3, 2).half(), "proj.weight": torch.randn(2, 2).half()}
+    shared = weights["shared.weight"].float()
+    module = {
+        "text_encoder.encoder.embed_tokens.weight": shared,
+        "text_encoder.shared.weight": shared,
+        "proj.weight": weights["proj.weight"].float().t().contiguous().t(),
+        "table": torch.arange(4.0),
+    }
+    names = ["text_encoder.encoder.embed_tokens.weight", "proj.weight", "table"]
+    bindings, own = bind_constants(names, module, weights)
+    assert bindings[names[0]].tensor == "shared.weight"
+    assert bindings[names[0]].dtype == "float32"
+    assert bindings["proj.weight"].stride == (1, 2)
+    assert bindings["table"].own
+    assert own.keys() == {"table"}
+    with pytest.raises(CompileError, match="constant ghost"):
+        bind_constants(["ghost"], module, weights)
+
+
+def test_compiler_errors_are_told_by_their_telling_line() -> None:
+    error = RuntimeError("C++ compile error\n\nCommand:\ng++ x.cpp\n\nOutput:\nx.cpp:1: fatal error: omp.h\n")
+    assert last_error_line(error) == "x.cpp:1: fatal error: omp.h"
+    assert last_error_line(RuntimeError("")) == "no message"
+
+
+def test_median_takes_a_few_calls_and_not_many() -> None:
+    calls: list[None] = []
+    assert median_ms(lambda: calls.append(None), budget_s=0.0) >= 0
+    assert len(calls) == 1 + MIN_CALLS
+    calls.clear()
+    median_ms(lambda: calls.append(None), budget_s=60.0)
+    assert len(calls) == 1 + MAX_CALLS
