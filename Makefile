@@ -9,6 +9,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 
+# An environment that could not be made whole is no environment.
+.DELETE_ON_ERROR:
+
 .DEFAULT_GOAL := help
 .PHONY: help serve dev test lint format bench load clean
 
