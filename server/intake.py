@@ -97,7 +97,8 @@ async def accept(services: Services, body: DrawingRequest, idempotency_key: str 
     )
     # The fingerprint is of what was asked: a repeated request without a seed is still the same request.
     job = replace(job, fingerprint=fingerprint({**asked, "model": model.name}))
-    result = await services.queue.enqueue(job, idempotency_key=idempotency_key)
+    with services.metrics.redis_op.labels("enqueue").time():
+        result = await services.queue.enqueue(job, idempotency_key=idempotency_key)
     if result.status not in (EnqueueStatus.OK, EnqueueStatus.DUP) or result.job_id is None:
         _count_refusal(services, model, _REASONS.get(result.status, "idempotency"))
         raise _enqueue_error(result.status, decision, services, model)

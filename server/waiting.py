@@ -49,7 +49,20 @@ async def cancel_if_queued(services: Services, job_id: str) -> None:
     """Cancel a job that nobody waits for any more. One that runs is nearly done: it finishes and is kept."""
     job = await services.queue.get(job_id)
     if job is not None and job.status is JobStatus.QUEUED:
-        await services.queue.cancel(job_id)
+        await cancel(services, job)
+
+
+async def cancel(services: Services, job: Job) -> Job | None:
+    """Cancel a job, and count it if it had not started: those that run are counted by their worker."""
+    now = await services.queue.cancel(job.id)
+    if now is not None and job.status is JobStatus.QUEUED and now.status is JobStatus.CANCELLED:
+        services.metrics.observe_job_end(
+            job.model,
+            outcome="cancelled",
+            e2e_ms=services.now_ms() - job.created_ms,
+            priority=job.priority,
+        )
+    return now
 
 
 async def _disconnected(request: Request) -> None:

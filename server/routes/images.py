@@ -50,7 +50,7 @@ from server.views import (
     server_timing,
     size_of,
 )
-from server.waiting import ClientGoneError, cancel_if_queued, wait_for_job
+from server.waiting import ClientGoneError, cancel, cancel_if_queued, wait_for_job
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -185,8 +185,7 @@ async def get_image(job_id: str, request: Request, services: ServicesDep) -> Ima
 )
 async def cancel_image(job_id: str, request: Request, services: ServicesDep) -> ImageJob:
     """At once while it is queued, at the next step while it runs; a finished job stays as it is."""
-    await _find(services, job_id)
-    job = await services.queue.cancel(job_id)
+    job = await cancel(services, await _find(services, job_id))
     if job is None:
         raise _not_found(job_id)
     return await _view(services, request, job)

@@ -371,6 +371,8 @@ async def test_queued_job_is_cancelled_at_once(api: Api) -> None:
     cancelled = (await api.client.delete(f"/v1/images/{job['id']}")).json()
 
     assert (cancelled["status"], cancelled["error"]["code"]) == ("failed", "cancelled")
+    value = api.services.metrics.registry.get_sample_value
+    assert value("tdm_jobs_total", {"class": "scenes", "outcome": "cancelled"}) == 1
     assert error_of(await api.client.get(f"/v1/images/{job['id']}/content")) == (410, "cancelled", None)
 
 

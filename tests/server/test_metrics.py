@@ -1,0 +1,69 @@
+"""Metrics: names as dashboards know them, seconds where we count milliseconds."""
+
+from __future__ import annotations
+
+import httpx
+
+from server.metrics import Metrics, MetricsServer
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, {key.rstrip("_"): text for key, text in labels.items()})
+
+
+def test_every_name_has_our_prefix_and_a_unit() -> None:
+    names = [
+        family.name
+        for family in Metrics().registry.collect()
+        if not family.name.startswith(("process", "python"))
+    ]
+
+    assert all(name.startswith("tdm_") for name in names)
+    histograms = [
+        family.name
+        for family in Metrics().registry.collect()
+        if family.type == "histogram" and not family.name.endswith(("batch_size", "fill_ratio"))
+    ]
+    assert all(name.endswith("_seconds") for name in histograms)
+
+
+def test_end_of_a_job_is_counted_with_its_stages_in_seconds() -> None:
+    metrics = Metrics()
+
+    metrics.observe_job_end("scenes", outcome="done", e2e_ms=1500.0, timing_ms={"denoise": 250.0})
+
+    assert value(metrics, "tdm_jobs_total", class_="scenes", outcome="done") == 1
+    job = {"class_": "scenes", "priority": "normal", "outcome": "done"}
+    assert value(metrics, "tdm_job_e2e_seconds_sum", **job) == 1.5
+    assert value(metrics, "tdm_job_stage_seconds_sum", class_="scenes", stage="denoise") == 0.25
+
+
+def test_batch_is_counted_by_its_samples_and_its_fill() -> None:
+    metrics = Metrics()
+
+    metrics.observe_batch("scenes", size=3, capacity=4, num_steps=12, busy_ms=80.0, gpu="cpu")
+
+    assert value(metrics, "tdm_batch_size_sum", class_="scenes") == 3
+    assert value(metrics, "tdm_batch_fill_ratio_sum", class_="scenes") == 0.75
+    assert value(metrics, "tdm_denoise_steps_total", class_="scenes") == 12
+    assert value(metrics, "tdm_gpu_busy_seconds_total", gpu="cpu") == 0.08
+
+
+def test_two_processes_worth_of_metrics_do_not_mix() -> None:
+    first, second = Metrics(), Metrics()
+
+    first.result_waiters.inc()
+
+    assert (value(first, "tdm_result_waiters"), value(second, "tdm_result_waiters")) == (1, 0)
+
+
+def test_metrics_are_scraped_on_a_port_of_their_own() -> None:
+    metrics = Metrics()
+    metrics.result_waiters.set(3)
+    server = MetricsServer(metrics, "127.0.0.1", 0)
+    try:
+        text = httpx.get(f"http://127.0.0.1:{server.port}/metrics").text
+    finally:
+        server.close()
+
+    assert "tdm_result_waiters 3.0" in text.splitlines()
