@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from server.errors import ApiError, DeadlineExceededError, JobCancelledError, JobFailedError, JobPoisonedError
+from server.errors import (
+    ApiError,
+    DeadlineExceededError,
+    JobCancelledError,
+    JobFailedError,
+    JobPoisonedError,
+    StoreUnavailableError,
+)
 from server.job import Job, JobStatus, OutputRef
 from server.schemas import GenerationsResponse, ImageData, ImageJob, JobErrorView, Status
 
@@ -27,7 +34,12 @@ STAGES = {
     "store": "store",
 }
 
-FAILURES: dict[str, type[ApiError]] = {"deadline": DeadlineExceededError, "poison": JobPoisonedError}
+FAILURES: dict[str, type[ApiError]] = {
+    "deadline": DeadlineExceededError,
+    "poison": JobPoisonedError,
+    "storage": StoreUnavailableError,
+}
+"""Codes of `JobError` that have a class of their own here; the rest are `generation_failed`."""
 
 ContentUrl = Callable[[str, int], str]
 """Job id and index of the image -> absolute URL of its bytes."""

@@ -247,8 +247,7 @@ async def _submit(
     Raises:
         ApiError: it was refused.
         ClientGoneError: the client left. Its job is cancelled if it still waits in the queue, unless the
-        request had
-            an idempotency key: then the client, or its retry, may still come for it.
+            request had an idempotency key: then the client, or its retry, may still come for it.
     """
     accepted = await accept(services, body, idempotency_key)
     try:

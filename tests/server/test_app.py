@@ -383,18 +383,21 @@ async def test_finished_job_cannot_be_cancelled(api: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "told"),
+    ("code", "status", "told", "retry"),
     [
-        ("out_of_memory", 500, "generation_failed"),
-        ("poison", 500, "poison"),
-        ("deadline", 504, "deadline_exceeded"),
+        ("out_of_memory", 500, "generation_failed", "false"),
+        ("poison", 500, "poison", "false"),
+        ("deadline", 504, "deadline_exceeded", "false"),
+        ("storage", 503, "store_unavailable", None),
     ],
 )
-async def test_failed_job_is_a_typed_error_for_who_waits(api: Api, code: str, status: int, told: str) -> None:
+async def test_failed_job_is_a_typed_error_for_who_waits(
+    api: Api, code: str, status: int, told: str, retry: str | None
+) -> None:
     response, job = await asyncio.gather(api.post(), asyncio.to_thread(api.worker.fail, code))
 
     assert error_of(response) == (status, told, None)
-    assert response.headers["x-should-retry"] == "false"
+    assert response.headers.get("x-should-retry") == retry
     looked_up = (await api.client.get(f"/v1/images/{job.id}")).json()
     assert (looked_up["status"], looked_up["error"]) == ("failed", {"code": code, "message": "the reason"})
 
