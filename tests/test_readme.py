@@ -35,8 +35,8 @@ def blocks(language: str) -> list[str]:
 
 
 def block_with(language: str, text: str) -> str:
-    (found,) = [block for block in blocks(language) if text in block]
-    return found
+    """The first block that holds `text`."""
+    return next(block for block in blocks(language) if text in block)
 
 
 def output(*command: str, cwd: Path, env: dict[str, str] | None = None) -> str:
