@@ -1,30 +1,39 @@
-"""Batching: which leased samples run together, and whether to run them now or wait for one more. Pure.
+"""Batching: which leased samples run together, and whether to run them now or wait for more. Pure.
 
-Everything follows from the bundle's measured cost curve `cost(n)`, ms for a batch of n:
+Everything follows from the bundle's measured cost curve `cost(n)`, ms for a batch of n, and from when the
+last jobs arrived.
 
-How many. `m` samples cut into batches of n finish one batch after another. The batch size is the one with
-the least mean finish time. For a short queue that is a compromise; for a long one it tends to the least
-cost(n) / n, which is throughput; and where n together take as long as n in turn, it is 1.
+How many. `m` samples cut into batches of n finish one batch after another; the best n is the one with the
+least mean finish time. That holds as long as batches of n keep up with the arrivals: n / cost(n) must exceed
+their rate, with some headroom. Where no n does, the queue grows whatever we do, so the n with the most
+samples per ms is best; of those as good as equal the smallest: what gains nothing is not batched.
 
-When. With k samples in hand and the next expected in `gap` ms, waiting for it makes all k + 1 finish at
-gap + cost(k + 1); going ahead makes k finish at cost(k) and the late one at cost(k) + cost(1). The sum of
-finish times is less with waiting exactly if gap < cost(1) / (k + 1) - (cost(k + 1) - cost(k)). That bound,
-less what has been waited already, is also how long to wait at most; each sample's deadline shortens it.
+When. Say k samples are in hand and another comes after T ms. Waiting makes all k + 1 finish at
+T + cost(k + 1); going ahead makes k finish at cost(k) and the late one at cost(k) + cost(1). So waiting
+lowers the sum of finish times by cost(1) - (k + 1) (cost(k + 1) - cost(k)) - (k + 1) T; waiting for w ms in
+vain raises it by k w. T is drawn from the gaps seen lately that are longer than the silence so far, so both
+have an expectation, and we wait as long as that is best, or not at all. Where k do not keep up, the same is
+done for the engine's time: waiting wins (k + 1) cost(k) / k - cost(k + 1) - T ms of it, or loses w.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import pairwise
 
 from engines.bucket import Bucket
 
 CostModel = Callable[[Bucket, int, int], float]
-"""(bucket, num_steps, batch) -> ms; `Manifest.predict_ms`."""
+"""(bucket, num_steps, batch) -> ms, above 0; `Manifest.predict_ms`."""
 
+# To keep up with arrivals that bunch up, an engine must be this much faster than their mean rate.
+HEADROOM = 1.25
+# Rates closer than this are equal: the cost curve is a measurement.
+EQUAL = 0.98
+# Times come in whole ms: what is due now may come within the next one.
+TICK_MS = 1.0
 # A queue longer than this many full batches is simply long.
 MAX_BATCHES_AHEAD = 8
 
@@ -65,7 +74,8 @@ def decide(
     *,
     now_ms: float,
     waited_ms: float,
-    gap_ms: float,
+    next_ms: Sequence[float],
+    rows_per_ms: float,
     backlog: int,
     max_batch: int,
     cost_ms: CostModel,
@@ -76,7 +86,8 @@ def decide(
         rows: at least one, in the order they are to be served.
         now_ms: unix ms.
         waited_ms: how long the engine has been idle with the first of these rows in hand.
-        gap_ms: when the next job is expected to arrive; inf if none is.
+        next_ms: equally likely times until the next job arrives; empty if none is expected.
+        rows_per_ms: mean rate at which samples have been arriving here.
         backlog: samples that wait elsewhere for this or another worker.
         max_batch: most rows that run together, in the first row's bucket.
         cost_ms: the cost curve.
@@ -90,26 +101,56 @@ def decide(
     def cost(batch: int) -> float:
         return cost_ms(first.bucket, num_steps, batch)
 
-    size = best_batch(len(fitting) + backlog, max_batch, cost)
-    batch = tuple(fitting[:size])
+    batch = tuple(fitting[: best_batch(len(fitting) + backlog, max_batch, rows_per_ms, cost)])
     if backlog or len(batch) == max_batch or len(batch) < len(fitting):
         return Run(batch)  # whoever could join is here or held by another worker: nobody to wait for
-    patience_ms = longest_wait(len(batch), cost) - waited_ms
     slack_ms = min(row.deadline_ms for row in batch) - now_ms - cost(len(batch) + 1)
-    wait_ms = min(patience_ms, slack_ms)
-    return Wait(wait_ms) if gap_ms < wait_ms else Run(batch)
+    patience_ms = min(cost(1) - waited_ms, slack_ms)  # nobody is held back longer than one picture takes
+    wait_ms = best_wait(len(batch), next_ms, rows_per_ms, cost)
+    return Wait(wait_ms) if 0 < wait_ms <= patience_ms else Run(batch)
 
 
-def best_batch(num_rows: int, max_batch: int, cost: Callable[[int], float]) -> int:
-    """The batch size with the least mean finish time for `num_rows`; the largest of equals."""
+def best_batch(num_rows: int, max_batch: int, rows_per_ms: float, cost: Callable[[int], float]) -> int:
+    """The size, 1 to `max_batch`, of the batches that `num_rows` samples are best cut into."""
     num_rows = min(num_rows, MAX_BATCHES_AHEAD * max_batch)
-    sizes = range(min(num_rows, max_batch), 0, -1)
-    return min(sizes, key=lambda size: _sum_of_finish_times(num_rows, size, cost))
+    sizes = range(1, min(num_rows, max_batch) + 1)
+    sustaining = [size for size in sizes if _keeps_up(size, rows_per_ms, cost)]
+    if sustaining:  # the largest of equals: fewer calls for the same finish times
+        return min(reversed(sustaining), key=lambda size: _sum_of_finish_times(num_rows, size, cost))
+    most = max(size / cost(size) for size in sizes)
+    return next(size for size in sizes if size / cost(size) >= EQUAL * most)
 
 
-def longest_wait(num_rows: int, cost: Callable[[int], float]) -> float:
-    """How soon (ms) another row must come for waiting to pay; 0 or less where it never does."""
-    return cost(1) / (num_rows + 1) - (cost(num_rows + 1) - cost(num_rows))
+def best_wait(
+    num_rows: int, next_ms: Sequence[float], rows_per_ms: float, cost: Callable[[int], float]
+) -> float:
+    """How long (ms) `num_rows` samples should wait for one more; 0 if they should not."""
+    more = num_rows + 1
+    saved_ms = cost(1) - more * (cost(more) - cost(num_rows))
+    wait_ms = _best_stop(next_ms, saved_ms, per_ms=more, in_vain_per_ms=num_rows)
+    if not _keeps_up(num_rows, rows_per_ms, cost):
+        saved_ms = more * cost(num_rows) / num_rows - cost(more)
+        wait_ms = max(wait_ms, _best_stop(next_ms, saved_ms, per_ms=1, in_vain_per_ms=1))
+    return wait_ms
+
+
+def _best_stop(next_ms: Sequence[float], saved: float, *, per_ms: float, in_vain_per_ms: float) -> float:
+    """The wait with the greatest expected gain, 0 if every one loses.
+
+    An arrival after T, within the wait w, gains `saved - per_ms * T`; none loses `in_vain_per_ms * w`.
+    """
+    arrivals = sorted(next_ms)
+    best_ms, most, gained = 0.0, 0.0, 0.0
+    for num_caught, wait_ms in enumerate(arrivals, start=1):
+        gained += saved - per_ms * wait_ms
+        gain = gained - (len(arrivals) - num_caught) * in_vain_per_ms * wait_ms
+        if gain > most:
+            best_ms, most = wait_ms, gain
+    return best_ms
+
+
+def _keeps_up(size: int, rows_per_ms: float, cost: Callable[[int], float]) -> bool:
+    return size / cost(size) >= HEADROOM * rows_per_ms
 
 
 def _sum_of_finish_times(num_rows: int, size: int, cost: Callable[[int], float]) -> float:
@@ -119,21 +160,28 @@ def _sum_of_finish_times(num_rows: int, size: int, cost: Callable[[int], float])
 
 
 class Arrivals:
-    """When to expect the next job, from when the last ones were accepted."""
+    """What to expect of the next jobs, from when the last ones were accepted."""
 
-    def __init__(self, num_gaps: int = 15) -> None:
-        """Go by the median of the last `num_gaps` gaps: one long pause says nothing of a burst."""
-        self._gaps_ms: deque[float] = deque(maxlen=num_gaps)
-        self._last_ms: float | None = None
+    def __init__(self, num_jobs: int = 20) -> None:
+        """Goes by the last `num_jobs` jobs."""
+        self._accepted: deque[tuple[float, int]] = deque(maxlen=num_jobs)
 
-    def observe(self, accepted_ms: float) -> None:
-        """Note one job."""
-        if self._last_ms is not None:
-            self._gaps_ms.append(max(0.0, accepted_ms - self._last_ms))
-        self._last_ms = max(accepted_ms, self._last_ms or accepted_ms)
+    def observe(self, accepted_ms: float, num_rows: int = 1) -> None:
+        """Note one job of `num_rows` samples."""
+        last_ms = self._accepted[-1][0] if self._accepted else accepted_ms
+        self._accepted.append((max(accepted_ms, last_ms), num_rows))
 
-    def gap_ms(self, now_ms: float) -> float:
-        """Time until the next job; inf with nothing to go by. The longer nothing comes, the later it is."""
-        if not self._gaps_ms or self._last_ms is None:
-            return math.inf
-        return max(median(self._gaps_ms), now_ms - self._last_ms)
+    def next_ms(self, now_ms: float) -> list[float]:
+        """Equally likely times until the next job: the rest of each gap longer than the silence so far."""
+        times = [accepted_ms for accepted_ms, _ in self._accepted]
+        if not times:
+            return []
+        silence_ms = max(0.0, now_ms - times[-1])
+        gaps = [later - earlier for earlier, later in pairwise(times)]
+        return [max(gap - silence_ms, TICK_MS) for gap in gaps if gap >= silence_ms]
+
+    def rows_per_ms(self, now_ms: float) -> float:
+        """Mean rate of samples; 0 if nothing is known."""
+        if len(self._accepted) < 2:
+            return 0.0
+        return sum(rows for _, rows in self._accepted) / max(1.0, now_ms - self._accepted[0][0])

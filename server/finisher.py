@@ -78,7 +78,8 @@ class Finisher:
         self._pool.shutdown(wait=True)
 
     def _submit(self, work: Work, end: Callable[[], None]) -> None:
-        self._room.acquire()
+        while not self._room.acquire(timeout=1.0):
+            self._heartbeat.pulse()  # the engine waits for us, it does not hang
         self._pool.submit(self._guarded, work, end)
 
     def _guarded(self, work: Work, end: Callable[[], None]) -> None:
@@ -104,7 +105,7 @@ class Finisher:
         outputs: list[OutputRef] = []
         try:
             for index, file in enumerate(packed):
-                key = f"results/{work.job.id}/{work.job.attempt}-{index}.{file.suffix}"
+                key = f"{work.job.id}/{work.job.attempt}-{index}.{file.suffix}"
                 self._put(key, file)
                 outputs.append(_output_ref(work, index, key, file))
         except OSError:

@@ -100,8 +100,8 @@ class Inbox:
         """From now on run at most `max_batch` rows of `bucket` together: more did not fit into memory."""
         self._limits[bucket] = max(1, min(max_batch, self._limits.get(bucket, self._max_batch)))
 
-    def close(self) -> int:
-        """Hand back every lease that was not started, and say how many those were.
+    def close(self) -> None:
+        """Hand back every lease that was not started.
 
         Raises:
             QueueError: Redis does not answer; the leases lapse by themselves.
@@ -111,7 +111,7 @@ class Inbox:
         unstarted = [work.lease for work in self._works.values() if not work.started]
         self._works.clear()
         self._heartbeat.release(unstarted)
-        return self._queue.hand_back(unstarted)
+        log.info("handed back %d jobs", self._queue.hand_back(unstarted))
 
     def _form_batch(self) -> list[Drawing] | None:
         """A batch; an empty one if all who were to be in it are gone; None to stop."""
@@ -150,7 +150,8 @@ class Inbox:
             rows,
             now_ms=now_ms,
             waited_ms=waited_ms,
-            gap_ms=self._arrivals.gap_ms(now_ms),
+            next_ms=self._arrivals.next_ms(now_ms),
+            rows_per_ms=self._arrivals.rows_per_ms(now_ms),
             backlog=self._backlog,
             max_batch=self._limits.get(rows[0].bucket, self._max_batch),
             cost_ms=self._cost_ms,
@@ -235,7 +236,7 @@ class Inbox:
                 self._drop(lease, f"unreadable request: {error!r}")
                 continue
             self._works[job.id] = Work(lease=lease, job=job, spec=spec, leased_ms=self._clock())
-            self._arrivals.observe(job.created_ms)
+            self._arrivals.observe(job.created_ms, spec.num_samples)
             self._rows_per_job += 0.2 * (spec.num_samples - self._rows_per_job)
         unstarted = sum(not work.started for work in self._works.values())
         self._backlog = int(max(0, waiting - unstarted) * self._rows_per_job)

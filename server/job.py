@@ -55,7 +55,7 @@ class OutputRef:
     """One finished sample in the result store. The bytes are at `key`, never in Redis.
 
     Attributes:
-        key: `results/<job>/<attempt>-<i>.<ext>`.
+        key: `<job>/<attempt>-<i>.<ext>`, so no attempt overwrites another.
         frames: 1 for an image.
         seed: the seed that draws exactly this sample again with n = 1.
     """

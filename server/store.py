@@ -18,7 +18,8 @@ from fsspec.implementations.local import LocalFileSystem
 class ResultStore:
     """A flat set of keys with bytes behind them. Blocking; safe to use from many threads.
 
-    Readers see all bytes of a key or none. All methods raise OSError where the store does not answer.
+    Its root is for results alone: `sweep` removes whatever is old there. Readers see all bytes of a key or
+    none. All methods raise OSError where the store does not answer.
     """
 
     def __init__(self, url: str) -> None:

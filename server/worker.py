@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from engines.bucket import Bucket, pick_batch
 from engines.bundle import Manifest
@@ -213,29 +214,30 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
     )
     store = ResultStore(settings.store_url)
     finisher = Finisher(queue, store, heartbeat, metrics, version=manifest.version, clock=clock)
-    expiry = Expiry(store, settings.result_ttl_s)
-    if not _announce(heartbeat, stopping):
-        return EXIT_OK
-    if settings.index == 0:
-        expiry.start()
-    log.info("ready on %s", pipeline.backend, extra={"model": manifest.name, "worker": info.id})
+    worker = Worker(pipeline, inbox, finisher, heartbeat, metrics, clock=clock)
+    status = EXIT_OK
     try:
-        Worker(pipeline, inbox, finisher, heartbeat, metrics, clock=clock).run()
-    except EngineLostError:
-        log.exception("the device is lost")
-        return EXIT_ENGINE_LOST
-    finally:
-        try:
-            log.info("handed back %d jobs", inbox.close(), extra={"worker": info.id})
-            finisher.close()
-            heartbeat.close()
-            queue.leave()
-        except QueueError as error:
-            log.warning("left without saying so: %s", error)
-        queue.close()
-        if settings.index == 0:
-            expiry.close()
-    return EXIT_OK
+        with ExitStack() as ends:  # from the last to the first, each whatever becomes of the others
+            ends.callback(queue.close)
+            if not _announce(heartbeat, stopping):
+                return EXIT_OK
+            ends.callback(queue.leave)
+            ends.callback(heartbeat.close)
+            ends.callback(finisher.close)
+            ends.callback(inbox.close)
+            if settings.index == 0:
+                expiry = Expiry(store, settings.result_ttl_s)
+                expiry.start()
+                ends.callback(expiry.close)
+            log.info("ready on %s", pipeline.backend, extra={"model": manifest.name, "worker": info.id})
+            try:
+                worker.run()
+            except EngineLostError:
+                log.exception("the device is lost")
+                status = EXIT_ENGINE_LOST
+    except QueueError as error:
+        log.warning("ended while Redis was away; leases lapse by themselves: %s", error)
+    return status
 
 
 def _announce(heartbeat: Heartbeat, stopping: threading.Event) -> bool:

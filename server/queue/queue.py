@@ -101,8 +101,8 @@ class JobQueue:
             raise ValueError(
                 f"idempotency key of {len(idempotency_key)} characters: 1 to {MAX_KEY_CHARS} allowed"
             )
-        await self._know(job.model)
         try:
+            await self._know(job.model)
             status, job_id, position = await self._call(
                 "enqueue",
                 job.model,
@@ -242,7 +242,7 @@ class JobQueue:
         Runs by itself every SWEEP_S seconds.
         """
         await self.models()
-        for model in self._known:
+        for model in list(self._known):
             await self._redis.hsetnx(MODELS_KEY, model, "")  # again, should Redis have lost its data
             await self._call("expire", model, self._clock(), DEADLINE_GRACE_MS, 1000)
         for job_id in list(self._waiters):

@@ -19,7 +19,7 @@ NewJob = Callable[..., Job]
 MakeWorker = Callable[..., WorkerQueue]
 
 OUTPUT = OutputRef(
-    key="results/x/1-0.png", content_type="image/png", size_bytes=9, width=64, height=64, frames=1, seed=7
+    key="img_1/1-0.png", content_type="image/png", size_bytes=9, width=64, height=64, frames=1, seed=7
 )
 TIMING = {"queue": 1.5, "denoise": 20.0}
 ERROR = JobError(code="generation_failed", message="no")
@@ -135,17 +135,25 @@ async def test_tenant_cap_counts_running_jobs_and_no_other_tenant(
 
 @pytest.mark.parametrize("maxmemory", ["nearly", "over"])
 async def test_full_redis_refuses_new_jobs_and_finishes_the_old(
-    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis, maxmemory: str
+    queue: JobQueue,
+    redis_url: str,
+    new: NewJob,
+    make_worker: MakeWorker,
+    client: redis.Redis,
+    maxmemory: str,
 ) -> None:
     for _ in range(3):
         await queue.enqueue(new())
     worker = make_worker()
     running, cancelled, waiting = worker.read(3)
     job = start_one(worker, running)
+    newcomer = JobQueue(redis_url)  # an api process that has not met this class yet
     used = int(client.info("memory")["used_memory"])
     client.config_set("maxmemory", used + used // 10 if maxmemory == "nearly" else used // 2)
 
     assert (await queue.enqueue(new())).status is EnqueueStatus.MEMORY
+    assert (await newcomer.enqueue(new())).status is EnqueueStatus.MEMORY
+    await newcomer.close()
     assert worker.extend({running: 50}) == {running: Verdict.OK}
     assert worker.complete(job, [OUTPUT], TIMING) is Settled.OK
     await queue.cancel(cancelled.job_id)

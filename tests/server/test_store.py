@@ -9,7 +9,7 @@ import pytest
 
 from server.store import ResultStore
 
-KEY = "results/img_1/1-0.png"
+KEY = "img_1/1-0.png"
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -39,13 +39,13 @@ def test_key_that_leaves_the_store_is_refused(store: ResultStore, key: str) -> N
 
 def test_sweep_removes_what_is_old_and_nothing_else(tmp_path: Path) -> None:
     store = ResultStore(tmp_path.as_uri())
-    for key in ("results/old/1-0.png", "results/new/1-0.png"):
+    for key in ("img_old/1-0.png", "img_new/1-0.png"):
         store.put(key, b"x", "image/png")
     an_hour_ago = time.time() - 3600
-    os.utime(tmp_path / "results/old/1-0.png", (an_hour_ago, an_hour_ago))
+    os.utime(tmp_path / "img_old/1-0.png", (an_hour_ago, an_hour_ago))
     assert store.sweep(older_than_s=1800) == 1
     assert store.sweep(older_than_s=1800) == 0
-    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["img_new"]
 
 
 def test_sweep_of_a_store_that_holds_nothing_yet_is_fine(store: ResultStore) -> None:
@@ -70,7 +70,7 @@ def test_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     done.set()
     reader.join()
     assert set(seen) <= versions
-    assert [path.name for path in (tmp_path / "results/img_1").iterdir()] == ["1-0.png"]
+    assert [path.name for path in (tmp_path / "img_1").iterdir()] == ["1-0.png"]
 
 
 def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / KEY).mkdir(parents=True)  # a directory where the file should go
     with pytest.raises(OSError, match=r"1-0\.png"):
         store.put(KEY, b"x", "image/png")
-    assert list((tmp_path / "results/img_1").iterdir()) == [tmp_path / KEY]
+    assert list((tmp_path / "img_1").iterdir()) == [tmp_path / KEY]
 
 
 def test_unknown_scheme_is_refused() -> None:

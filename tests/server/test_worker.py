@@ -132,6 +132,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded_pipeline(bundle: Path) -> ObservedPipeline:
     pipeline = ObservedPipeline.load(bundle, backend="eager", num_threads=1)
     assert isinstance(pipeline, ObservedPipeline)
+    # The tests want batches; whether these pay was measured, and differs from machine to machine.
+    flat = [row.model_copy(update={"ms": 10.0}) for row in pipeline.manifest.latency]
+    pipeline.manifest = pipeline.manifest.model_copy(update={"latency": flat})
     return pipeline
 
 
@@ -259,8 +262,8 @@ async def test_finished_job_has_its_pictures_and_says_how_long_each_stage_took(
     assert (done.status, done.progress, done.attempt) == (JobStatus.DONE, 100, 1)
     assert set(done.timing) == {"queue", "batch_wait", "encode", "denoise", "decode", "pack", "store"}
     assert [(ref.key, ref.seed) for ref in done.outputs] == [
-        (f"results/{job.id}/1-0.png", 2**63 - 1),
-        (f"results/{job.id}/1-1.png", 0),
+        (f"{job.id}/1-0.png", 2**63 - 1),
+        (f"{job.id}/1-1.png", 0),
     ]
     for ref in done.outputs:
         data = store.get(ref.key)
