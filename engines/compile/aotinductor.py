@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ INDUCTOR_CONFIG: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     # else weights of up to 8 elements, such as the last convolution's bias, are written into the code
     "always_keep_tensor_constants": True,
+    # takes 25 s of compiler time and 300 MB of disk, and saves 5 s on each of three packages
+    "aot_inductor.precompile_headers": False,
 }
 
 
@@ -137,15 +138,10 @@ def _compile(program: ExportedProgram, path: Path, job: CompileJob) -> None:
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
-    config = {
-        **INDUCTOR_CONFIG,
-        # inductor names a precompiled header by a checksum that it asks openssl for
-        "aot_inductor.precompile_headers": shutil.which("openssl") is not None,
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary_cache_dir(str(Path(tempfile.gettempdir()) / "inductor")):
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs=config)
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(INDUCTOR_CONFIG))
     except Exception as error:  # inductor raises what it likes, the C++ compiler's output included
         raise CompileError(
             f"stage {job.spec.name}: {type(error).__name__}: {last_error_line(error)}"

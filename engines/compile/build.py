@@ -268,7 +268,7 @@ def _compile_all(
 
 
 def _start_compiler_process(scratch: str) -> None:
-    """Keep inductor's caches, 300 MB of them, in a folder that is deleted afterwards; die with the parent."""
+    """Keep inductor's caches in a folder that is deleted afterwards; die with the parent."""
     tempfile.tempdir = scratch
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

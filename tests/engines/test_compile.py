@@ -33,6 +33,9 @@ from engines.runtime.stages import EagerEngine, Stage
 from tests.engines.conftest import BATCH_SIZES, build, build_settings
 from tests.engines.tiny import make_tiny_checkpoint
 
+# The compiler takes a minute on a quiet machine.
+pytestmark = pytest.mark.timeout(900)
+
 BUCKET = Bucket(64, 64)
 
 
