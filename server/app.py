@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -28,6 +29,7 @@ from server.errors import (
     RouteNotFoundError,
     UnknownParameterError,
 )
+from server.job import Job
 from server.metrics import Metrics, MetricsServer
 from server.middleware import BodyLimit, RequestContext, error_response
 from server.queue.connection import system_now_ms
@@ -61,7 +63,10 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue = JobQueue(
-            settings.redis_url, max_waiting=settings.max_queue, result_ttl_s=settings.result_ttl_s
+            settings.redis_url,
+            max_waiting=settings.max_queue,
+            result_ttl_s=settings.result_ttl_s,
+            on_deadline=partial(_count_deadline, metrics),
         )
         services = Services(
             settings=settings,
@@ -151,6 +156,12 @@ def _listener(settings: Settings) -> socket.socket:
     if settings.listen_fd is not None:
         return socket.socket(fileno=settings.listen_fd)
     return socket.create_server((settings.host, settings.port))
+
+
+def _count_deadline(metrics: Metrics, job: Job) -> None:
+    """Count a job that no worker started in time."""
+    e2e_ms = (job.finished_ms or job.deadline_ms) - job.created_ms
+    metrics.observe_job_end(job.model, outcome="deadline", e2e_ms=e2e_ms, priority=job.priority)
 
 
 async def _export_gauges(services: Services, closing: asyncio.Event) -> None:

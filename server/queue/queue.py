@@ -44,6 +44,7 @@ class JobQueue:
         max_waiting: int = 256,
         max_live_per_tenant: int | None = None,
         result_ttl_s: int = 86_400,
+        on_deadline: Callable[[Job], None] = lambda _: None,
         clock: Callable[[], int] = system_now_ms,
     ) -> None:
         """Connects with the first verb.
@@ -53,6 +54,7 @@ class JobQueue:
             max_waiting: queued jobs a class may hold; one more is QUEUE_FULL.
             max_live_per_tenant: queued and running jobs a tenant may have in a class; None: no limit.
             result_ttl_s: how long the record of a finished job is kept.
+            on_deadline: called with each job that this process's sweep has ended.
             clock: unix ms.
         """
         self._redis = connect_async(url)
@@ -60,6 +62,7 @@ class JobQueue:
         self._max_waiting = max_waiting
         self._max_live_per_tenant = max_live_per_tenant or 0
         self._result_ttl_ms = result_ttl_s * 1000
+        self._on_deadline = on_deadline
         self._clock = clock
         self._boot = secrets.token_hex(8)  # names this process's reply streams
         self._known: set[str] = set()
@@ -244,7 +247,9 @@ class JobQueue:
         await self.models()
         for model in list(self._known):
             await self._redis.hsetnx(MODELS_KEY, model, "")  # again, should Redis have lost its data
-            await self._call("expire", model, self._clock(), DEADLINE_GRACE_MS, 1000)
+            for job_id in await self._call("expire", model, self._clock(), DEADLINE_GRACE_MS, 1000):
+                if job := await self.get(job_id):
+                    self._on_deadline(job)
         for job_id in list(self._waiters):
             job = await self.get(job_id)
             if job is None or job.finished:

@@ -123,6 +123,16 @@ def test_path_too_long_for_a_socket_works_too(tmp_path: Path) -> None:
         put(server.url, "a", "1")
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a directory somebody else's")
+def test_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path / ("long" * 30))
+    server.socket_path.parent.mkdir()
+    os.chown(server.socket_path.parent, 12345, -1)
+    with pytest.raises(EmbeddedValkeyError, match="belongs to user 12345"):
+        server.start()
+    server.socket_path.parent.rmdir()
+
+
 def test_damaged_data_is_reported_with_the_server_s_own_words(tmp_path: Path) -> None:
     with EmbeddedValkey(tmp_path) as server:
         put(server.url, "a", "1")

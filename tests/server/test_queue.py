@@ -529,8 +529,10 @@ async def test_job_past_its_deadline_never_starts(
 
 
 async def test_sweep_ends_late_jobs_that_no_worker_is_left_to_end(
-    queue: JobQueue, new: NewJob, make_worker: MakeWorker, clock: Clock
+    redis_url: str, new: NewJob, make_worker: MakeWorker, clock: Clock
 ) -> None:
+    told: list[str] = []
+    queue = JobQueue(redis_url, on_deadline=lambda job: told.append(job.id), clock=clock)
     queued, running, timely = new("a", deadline_s=1), new("b", deadline_s=1), new("c", deadline_s=1000)
     await queue.enqueue(running)
     worker = make_worker()
@@ -547,6 +549,8 @@ async def test_sweep_ends_late_jobs_that_no_worker_is_left_to_end(
     assert await statuses() == [JobStatus.FAILED, JobStatus.RUNNING, JobStatus.QUEUED]
     clock.now_ms += DEADLINE_GRACE_MS
     assert await statuses() == [JobStatus.FAILED, JobStatus.FAILED, JobStatus.QUEUED]
+    assert told == [queued.id, running.id]
+    await queue.close()
 
 
 # cancel
