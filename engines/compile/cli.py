@@ -134,10 +134,13 @@ def _build(args: argparse.Namespace, console: Console) -> None:
         force=args.force,
         allow_eager=args.if_needed,
     )
-    # like Ctrl-C: clean up, stop the compiler processes, exit
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with BuildProgress(console, num_pieces(settings)) as progress:
-        manifest = build_bundle(settings, progress)
+    # like Ctrl-C: stop the compiler processes, clean up, exit
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with BuildProgress(console, num_pieces(settings)) as progress:
+            manifest = build_bundle(settings, progress)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     console.print(latency_table(manifest.latency))
     _say(console, f"bundle written to {args.out}: {manifest.name} {manifest.version}, {manifest.backend}")
 

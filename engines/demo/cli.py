@@ -26,7 +26,7 @@ def add_demo_parser(commands: Any) -> None:  # argparse does not name the type o
         "--scenes", type=int, default=60, help="thousands of training pictures (default: %(default)s)"
     )
     parser.add_argument("--judge-steps", type=int, default=3000, help="of 96 pictures (default: %(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=6000, help="of 16 pictures (default: %(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=4000, help="of 16 pictures (default: %(default)s)")
     parser.add_argument(
         "--teacher-steps", type=int, default=6600, help="of BATCH pictures (default: %(default)s)"
     )
