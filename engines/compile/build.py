@@ -272,6 +272,7 @@ def _start_compiler_process(scratch: str) -> None:
     tempfile.tempdir = scratch
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from engines.__main__ import main, make_parser
@@ -103,6 +105,26 @@ def test_build_reports_progress_line_by_line_and_the_second_build_is_instant(
     )
     second = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert second.stdout.splitlines() == [f"build: {bundle} is up to date", "0 False"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_build_ends_its_compilers_and_cleans_up(
+    tiny_student: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    bundle = tmp_path / "bundle"
+    command = [sys.executable, "-m", "engines", "build", str(tiny_student), "--out", str(bundle)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as build:
+        assert build.stdout is not None
+        assert next(line for line in build.stdout if "compiling" in line)
+        children = psutil.Process(build.pid).children(recursive=True)
+        build.send_signal(number)
+        _, error = build.communicate()
+    assert build.returncode == 130
+    assert "interrupted" in error.splitlines()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert alive == []
+    assert not (bundle / ".build").exists()
+    assert not (bundle / "manifest.json").exists()
 
 
 def test_build_if_needed_repairs_a_damaged_bundle(
