@@ -65,6 +65,7 @@ class Inbox:
         self._lease_ms = int(lease_s * 1000)
         self._stopping = stopping
         self._clock = clock
+        self._unseen: list[Lease] = []
         self._works: dict[str, Work] = {}
         self._limits: dict[Bucket, int] = {}
         self._arrivals = Arrivals()
@@ -108,7 +109,7 @@ class Inbox:
         """
         self._join_prefetch()
         self._reader.shutdown()
-        unstarted = [work.lease for work in self._works.values() if not work.started]
+        unstarted = [work.lease for work in self._works.values() if not work.started] + self._unseen
         self._works.clear()
         self._heartbeat.release(unstarted)
         log.info("handed back %d jobs", self._queue.hand_back(unstarted))
@@ -202,6 +203,7 @@ class Inbox:
 
     def _lease(self, block_ms: int) -> None:
         """Take jobs for at most one batch, first those that other workers lost."""
+        self._look()
         room = self._max_batch - sum(len(work.rows()) for work in self._works.values())
         if room <= 0:
             return
@@ -210,10 +212,9 @@ class Inbox:
         if len(leases) < count:
             leases += self._queue.read(count - len(leases), 0 if leases else block_ms)
         self._heartbeat.hold(leases)
-        if leases:
-            self._adopt(leases)
-        else:
-            self._backlog = 0
+        self._unseen += leases
+        self._backlog = 0
+        self._look()
 
     def _reclaim(self, count: int) -> list[Lease]:
         """Leases that lapsed; ours among them (Redis was away for long) are thereby extended and go on."""
@@ -223,10 +224,12 @@ class Inbox:
         leases = self._queue.reclaim(count, self._lease_ms)
         return [lease for lease in leases if not self._heartbeat.holds(lease)]
 
-    def _adopt(self, leases: Sequence[Lease]) -> None:
-        """Turn leases into works; settle those that cannot become any."""
-        jobs, waiting = self._queue.look(leases)
-        for lease, job in zip(leases, jobs, strict=True):
+    def _look(self) -> None:
+        """Turn leases into works; settle those that cannot become any. To be called again if Redis fails."""
+        if not self._unseen:
+            return
+        jobs, waiting = self._queue.look(self._unseen)
+        for lease, job in zip(self._unseen, jobs, strict=True):
             if job is None:
                 self._drop(lease, "unknown job")
                 continue
@@ -238,6 +241,7 @@ class Inbox:
             self._works[job.id] = Work(lease=lease, job=job, spec=spec, leased_ms=self._clock())
             self._arrivals.observe(job.created_ms, spec.num_samples)
             self._rows_per_job += 0.2 * (spec.num_samples - self._rows_per_job)
+        self._unseen = []
         unstarted = sum(not work.started for work in self._works.values())
         self._backlog = int(max(0, waiting - unstarted) * self._rows_per_job)
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -111,6 +112,9 @@ class EmbeddedValkey:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+            if self.socket_path.parent != self._dir:
+                with suppress(OSError):
+                    self.socket_path.parent.rmdir()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None

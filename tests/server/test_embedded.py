@@ -121,6 +121,7 @@ def test_path_too_long_for_a_socket_works_too(tmp_path: Path) -> None:
         assert len(str(server.socket_path)) < 100
         assert (server.socket_path.parent.stat().st_mode & 0o777) == 0o700
         put(server.url, "a", "1")
+    assert not server.socket_path.parent.exists()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make a directory somebody else's")

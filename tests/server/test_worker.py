@@ -25,12 +25,14 @@ from engines.compile.build import BuildSettings, build_bundle, num_pieces
 from engines.compile.progress import BuildProgress
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from server.heartbeat import Heartbeat
+from server.inbox import Inbox
 from server.job import Job, JobStatus, new_job
 from server.metrics import Metrics
 from server.packing import Provenance, prompt_hash, read_provenance
 from server.queue.connection import connect, system_now_ms
 from server.queue.embedded import EmbeddedValkey
-from server.queue.leases import WorkerQueue
+from server.queue.errors import QueueError
+from server.queue.leases import Lease, WorkerQueue
 from server.queue.queue import JobQueue
 from server.settings import WorkerSettings
 from server.store import ResultStore
@@ -490,6 +492,44 @@ async def test_worker_outlasts_a_restart_of_redis_and_loses_nothing(
     await queue.close()
     worker.stop()
     valkey.stop()
+
+
+class ForgetfulQueue(WorkerQueue):
+    """Loses the reply to the first look at leased jobs."""
+
+    lost = 0
+
+    def look(self, leases: Sequence[Lease]) -> tuple[list[Job | None], int]:
+        if not self.lost:
+            self.lost += 1
+            raise QueueError("connection reset")
+        return super().look(leases)
+
+
+async def test_jobs_whose_lease_was_taken_just_before_redis_failed_are_drawn(
+    queue: JobQueue, url: str
+) -> None:
+    jobs = [job_of(str(i)) for i in range(3)]
+    await enqueue(queue, *jobs)
+    worker_queue = ForgetfulQueue(url, model=MODEL, consumer="forgetful")
+    heartbeat = Heartbeat(worker_queue, worker_info("forgetful"), "{}", Metrics(), lease_s=60, stall_s=600)
+    worker_queue.beat(worker_info("forgetful"), "{}")
+    inbox = Inbox(
+        worker_queue,
+        heartbeat,
+        Metrics(),
+        max_batch=4,
+        cost_ms=lambda *_: 10.0,
+        lease_s=60,
+        stopping=threading.Event(),
+        clock=system_now_ms,
+    )
+    batch = inbox.next_batch()
+    assert batch is not None
+    assert [drawing.work.job.id for drawing in batch] == [job.id for job in jobs]
+    assert worker_queue.lost == 1
+    inbox.close()
+    worker_queue.close()
 
 
 # how it ends
