@@ -82,9 +82,9 @@ def add_build_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--decode-dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="what compiled decode computes in; bfloat16 is faster on CPUs with avx512_bf16 or amx_bf16",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="what compiled decode computes in (default auto: bfloat16 where faster and close enough)",
     )
     parser.add_argument("--force", action="store_true", help="build a student that failed its gate; recorded")
     parser.add_argument(
@@ -107,6 +107,7 @@ def run_build(args: argparse.Namespace) -> int:
             batch_sizes=args.batches,
             backends=args.backends,
             num_threads=args.threads,
+            decode_dtype=args.decode_dtype,
         )
         if reason is None:
             _say(console, f"build: {args.out} is up to date")

@@ -21,7 +21,13 @@ def has_compiler() -> bool:
 
 
 def reason_to_build(
-    student: Path, bundle: Path, *, batch_sizes: Sequence[int], backends: Sequence[str], num_threads: int
+    student: Path,
+    bundle: Path,
+    *,
+    batch_sizes: Sequence[int],
+    backends: Sequence[str],
+    num_threads: int,
+    decode_dtype: str,
 ) -> str | None:
     """Why `bundle` must be built from `student`, in words for the operator; None if it is as it should be."""
     if not (bundle / "manifest.json").exists():
@@ -41,6 +47,9 @@ def reason_to_build(
     mismatches = compare_platforms(manifest.platform, current_platform())
     if mismatches:
         return f"its compiled code does not fit this machine ({mismatches[0]})"
+    dtypes = {spec.compute_dtype for spec in manifest.stages if spec.name == "decode"}
+    if manifest.engines and decode_dtype not in {"auto", *dtypes}:
+        return f"its decode computes in {', '.join(sorted(dtypes))}"
     if manifest.eager_only == EAGER_ASKED_FOR:
         return "it has no compiled code"
     if manifest.eager_only == NO_COMPILER and has_compiler():

@@ -13,10 +13,11 @@ from engines.errors import ParityError
 from engines.runtime.stages import Stage
 
 MIN_COSINE = 0.999
-MAX_PIXEL_DIFFERENCE = {"float32": 2.0, "bfloat16": 24.0}
-"""Largest difference of one 8-bit channel value, by what the compiled code computes in.
+MAX_PIXEL_DIFFERENCE = {"float32": 2.0, "bfloat16": 6.0}
+"""Of one 8-bit channel value, by what the compiled code computes in.
 
-The bfloat16 decoder of the demo is on average 0.5 of 255 away from float32 (49 dB), single pixels much more.
+For latents that are pure noise. On the pictures that the demo student draws, its bfloat16 decoder is at most
+2 and on average 0.13 away from float32 (57 dB).
 """
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,16 +19,18 @@ from torch import Tensor, nn
 from engines.bucket import Bucket
 from engines.bundle import StageSpec, TensorSpec, check_platform, read_manifest, verify_files
 from engines.compile import build as build_module
-from engines.compile import needed
+from engines.compile import needed, parity, precision
 from engines.compile.aotinductor import CompileJob, bind_constants, compile_key, last_error_line
 from engines.compile.build import build_bundle, num_pieces
 from engines.compile.export import example_inputs, export_stage
 from engines.compile.measure import MAX_CALLS, MIN_CALLS, median_ms
 from engines.compile.needed import EAGER_ASKED_FOR, NO_COMPILER, reason_to_build
 from engines.compile.parity import check_parity, compare
+from engines.compile.precision import choose_dtype
 from engines.compile.progress import BuildProgress
 from engines.compile.verify import verify_bundle
 from engines.errors import CheckpointError, CompileError, ParityError
+from engines.families.spec import FamilySpec
 from engines.platform import current_platform
 from engines.runtime.pipeline import Pipeline, Sample
 from engines.runtime.stages import EagerEngine, Stage
@@ -83,12 +87,12 @@ def test_compiled_bundle_is_complete_and_fits_this_machine(compiled_bundle: Path
 
 
 def test_compiled_code_agrees_with_eager_at_every_batch_size(compiled_bundle: Path) -> None:
-    parity = read_manifest(compiled_bundle).parity
-    assert {(row.stage, row.batch) for row in parity} == {
+    rows = read_manifest(compiled_bundle).parity
+    assert {(row.stage, row.batch) for row in rows} == {
         (stage, batch) for stage in ("text", "denoise", "decode") for batch in BATCH_SIZES
     }
-    assert all(row.finite and row.cosine >= 0.999 for row in parity)
-    assert all(row.max_abs <= 2 for row in parity if row.stage == "decode")
+    assert all(row.finite and row.cosine >= 0.999 for row in rows)
+    assert all(row.max_abs <= 2 for row in rows if row.stage == "decode")
 
 
 def test_packages_hold_code_and_the_checkpoint_the_weights(compiled_bundle: Path) -> None:
@@ -247,11 +251,65 @@ def test_bundle_can_be_rebuilt_from_its_own_checkpoint(eager_bundle: Path, tmp_p
     assert verify_files(bundle).version == read_manifest(eager_bundle).version
 
 
+def test_code_that_disagrees_with_eager_is_an_error_unless_eager_may_serve(
+    tiny_student: Path, compiled_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(compiled_bundle, tmp_path / "bundle")
+    monkeypatch.setattr(parity, "MAX_PIXEL_DIFFERENCE", {"float32": -1.0})
+    settings = replace(build_settings(tiny_student, bundle), backends=("aotinductor",))
+    with pytest.raises(ParityError, match="a pixel differs"):
+        build(settings)
+    manifest = verify_files(build(replace(settings, allow_eager=True)))
+    assert manifest.engines == []
+    assert "does not draw what eager draws" in str(manifest.eager_only)
+    assert {row.backend for row in manifest.latency} == {"eager"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "half_error", "half_is_faster", "expected"),
+    [
+        (("avx2",), 0, True, "float32"),  # no instructions for it
+        (("avx512_bf16",), 0, True, "bfloat16"),
+        (("avx512_bf16",), 7, True, "float32"),  # too far off
+        (("amx_bf16",), 0, False, "float32"),  # not faster
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_faster_and_close(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    half_error: int,
+    half_is_faster: bool,
+    expected: str,
+) -> None:
+    class Pixels(nn.Module):
+        def __init__(self, value: int) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, latents: Tensor) -> Tensor:
+            return torch.full_like(latents, self.value, dtype=torch.uint8)
+
+    def load_stage(_: Path, __: StageSpec, dtype: torch.dtype) -> nn.Module:
+        return Pixels(100 if dtype == torch.float32 else 100 + half_error)
+
+    times_s = itertools.cycle([2.0, 1.0 if half_is_faster else 2.0])  # float32, bfloat16, float32, ...
+    monkeypatch.setattr(precision, "_time_s", lambda *_: next(times_s))
+    family = FamilySpec(name="toy", stages=lambda *_: [], load_stage=load_stage)
+    spec = doubling_spec().model_copy(
+        update={"name": "decode", "output": TensorSpec(name="pixels", dtype="uint8", shape=(4,))}
+    )
+    platform = current_platform().model_copy(update={"cpu_flags": flags})
+    assert choose_dtype(family, tmp_path, spec, platform) == expected
+
+
 # --- is a build needed? ---
 
 
 def reason(student: Path, bundle: Path, *, backends: tuple[str, ...] = ("eager",)) -> str | None:
-    return reason_to_build(student, bundle, batch_sizes=BATCH_SIZES, backends=backends, num_threads=1)
+    return reason_to_build(
+        student, bundle, batch_sizes=BATCH_SIZES, backends=backends, num_threads=1, decode_dtype="auto"
+    )
 
 
 def test_nothing_is_needed_for_a_fitting_bundle(tiny_student: Path, compiled_bundle: Path) -> None:
@@ -272,9 +330,23 @@ def test_missing_damaged_or_outdated_bundle_is_built(
     grown = shutil.copytree(tiny_student, tmp_path / "grown")
     (grown / "vae" / "notes.txt").write_text("new")
     assert reason(grown, eager_bundle) == "the student has changed (vae/notes.txt)"
-    other = reason_to_build(tiny_student, eager_bundle, batch_sizes=(1,), backends=("eager",), num_threads=1)
-    assert other is not None
-    assert "batch sizes" in other
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"batch_sizes": (1,)}, "other batch sizes or threads"),
+        ({"num_threads": 2}, "other batch sizes or threads"),
+        ({"decode_dtype": "bfloat16"}, "its decode computes in float32"),
+    ],
+)
+def test_bundle_built_with_other_options_is_built_anew(
+    tiny_student: Path, compiled_bundle: Path, changed: dict[str, Any], reason: str
+) -> None:
+    options = {"batch_sizes": BATCH_SIZES, "num_threads": 1, "decode_dtype": "float32", **changed}
+    found = reason_to_build(tiny_student, compiled_bundle, backends=("aotinductor",), **options)
+    assert found is not None
+    assert reason in found
 
 
 def test_code_of_another_machine_is_built_anew(
