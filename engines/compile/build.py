@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -242,7 +243,7 @@ def _compile_or_not(
         for spec in specs
     ]
     try:
-        return list(_compile_all(jobs, settings, progress)), None
+        return _compile_all(jobs, settings, progress), None
     except CompileError as error:
         if not settings.allow_eager:
             raise
@@ -259,40 +260,48 @@ def _without_engines(bundle: Path, draft: Manifest, reason: str, progress: Build
 
 def _compile_all(
     jobs: Sequence[CompileJob], settings: BuildSettings, progress: BuildProgress
-) -> Iterator[EngineFile]:
+) -> list[EngineFile]:
     """Compile `jobs` side by side; the result keeps their order.
 
     Raises:
         CompileError: one of them failed; the others are stopped.
     """
-    scratch = settings.out / ".build"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    progress.doing(f"compiling {', '.join(job.label for job in jobs)}")
-    executor = ProcessPoolExecutor(
-        max_workers=min(settings.num_jobs, len(jobs)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_compiler_process,
-        initargs=(str(scratch.resolve()),),
-    )
+    with _scratch_folder(settings.out / ".build") as scratch:
+        progress.doing(f"compiling {', '.join(job.label for job in jobs)}")
+        executor = ProcessPoolExecutor(
+            max_workers=min(settings.num_jobs, len(jobs)),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_compiler_process,
+            initargs=(str(scratch.resolve()),),
+        )
+        try:
+            futures = {executor.submit(compile_stage, job): job for job in jobs}
+            engines: dict[str, EngineFile] = {}
+            for future in as_completed(futures):
+                job = futures[future]
+                engines[job.label] = future.result()
+                progress.done(f"compiled {job.label}")
+            return [engines[job.label] for job in jobs]
+        except BrokenProcessPool:
+            raise CompileError("a compiler process was killed; is there enough memory?") from None
+        except BaseException:
+            # after an error or Ctrl-C nobody waits for the other compilations, which take a minute
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that is gone afterwards, whatever happens."""
+    shutil.rmtree(path, ignore_errors=True)
     try:
-        futures = {executor.submit(compile_stage, job): job for job in jobs}
-        engines: dict[str, EngineFile] = {}
-        for future in as_completed(futures):
-            job = futures[future]
-            engines[job.label] = future.result()
-            progress.done(f"compiled {job.label}")
-        return (engines[job.label] for job in jobs)
-    except BrokenProcessPool:
-        raise CompileError("a compiler process was killed; is there enough memory?") from None
-    except BaseException:
-        # after an error or Ctrl-C nobody waits for the other compilations, which take a minute
-        for child in multiprocessing.active_children():
-            child.terminate()
-        raise
+        path.mkdir(parents=True)
+        yield path
     finally:
-        executor.shutdown(cancel_futures=True)
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _start_compiler_process(scratch: str) -> None:
