@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 PR_SET_PDEATHSIG = 1
 # sun_path holds 108 bytes with its NUL; longer data directories get their socket in the temporary directory.
@@ -34,7 +35,8 @@ class EmbeddedValkey:
     """One Valkey per data directory: `start` runs it, or joins the one that another process runs there.
 
     The owner takes an flock on `<data_dir>/valkey/lock` and its server inherits it, so the lock is held
-    exactly as long as anyone may still write the append-only file. Who cannot get the lock joins. Different
+    exactly as long as anyone may still write the append-only file. Who cannot get the lock joins; once the
+    owner has ended, a joiner's next `start` takes over. Different
     data directories share nothing, not even a port: the server listens on a unix socket only. On Linux the
     kernel kills the server with the thread that started it, so call `start` from one that lives as long; the
     append-only file makes that safe, and it leaves no dying server for the next owner to join.
@@ -58,7 +60,7 @@ class EmbeddedValkey:
     @property
     def url(self) -> str:
         """`unix://` URL for redis-py."""
-        return f"unix://{self.socket_path}"
+        return f"unix://{quote(str(self.socket_path))}"
 
     @property
     def owned(self) -> bool:
@@ -69,6 +71,13 @@ class EmbeddedValkey:
     def pid(self) -> int | None:
         """Process id of the server this object started."""
         return self._process.pid if self._process else None
+
+    @property
+    def lost(self) -> bool:
+        """True once the server that `start` returned is gone, and `start` should be called again."""
+        if self._process is not None:
+            return self._process.poll() is not None
+        return not self.alive()
 
     def alive(self) -> bool:
         """True while the server answers."""
@@ -87,17 +96,21 @@ class EmbeddedValkey:
         if self.socket_path.parent != self._dir:
             _make_private(self.socket_path.parent)
         deadline = time.monotonic() + timeout_s
-        if self._process is not None and self._process.poll() is not None:
-            self._process = None
+        spawned: subprocess.Popen[bytes] | None = None
         while time.monotonic() < deadline:
+            if self._process is not None and self._process.poll() is not None:
+                if self._process is spawned:
+                    code = self._process.returncode
+                    self.stop()
+                    raise EmbeddedValkeyError(f"Valkey ended with exit code {code}:\n{self._log_tail()}")
+                # One of an earlier `start`. It may well have been killed, and not have ended yet, when this
+                # call began: its end is no failure of the server that this call is to run.
+                self._process = None
             if self._process is None and self._try_lock():
                 self._spawn()
+                spawned = self._process
             if _answers_ping(self.socket_path):
                 return self.url
-            if self._process is not None and self._process.poll() is not None:
-                code = self._process.returncode
-                self.stop()
-                raise EmbeddedValkeyError(f"Valkey ended with exit code {code}:\n{self._log_tail()}")
             time.sleep(0.02)  # neither a starting nor an ending server offers anything to wait on
         self.stop()
         raise EmbeddedValkeyError(f"no answer on {self.socket_path} in {timeout_s} s:\n{self._log_tail()}")
@@ -142,7 +155,7 @@ class EmbeddedValkey:
         assert self._lock_fd is not None, "spawned without the lock"
         self.socket_path.unlink(missing_ok=True)  # a killed server leaves its socket file behind
         command = [
-            str(_find_server()),
+            str(find_server()),
             *("--port", "0", "--unixsocket", str(self.socket_path), "--unixsocketperm", "700"),
             *("--dir", str(self._dir), "--appendonly", "yes", "--appendfsync", self._appendfsync),
             *("--save", "", "--maxmemory", self._maxmemory, "--maxmemory-policy", "noeviction"),
@@ -182,7 +195,7 @@ def die_with_parent(signal_number: int = signal.SIGKILL) -> Callable[[], None]:
     return ask_kernel
 
 
-def _find_server() -> Path:
+def find_server() -> Path:
     """The packaged binary.
 
     Raises:

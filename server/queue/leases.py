@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
 from server.job import Job, JobError, JobStatus, OutputRef, Priority
 from server.queue.connection import SOCKET_TIMEOUT_S, connect, system_now_ms
 from server.queue.records import WorkerInfo, dump_error, dump_outputs, dump_worker, load_job
-from server.queue.scripts import VERBS, script
+from server.queue.scripts import script, script_sha
 
 GROUP = "w"
 MAX_ATTEMPTS = 3
@@ -43,11 +44,15 @@ class Verdict(StrEnum):
 
 
 class Settled(StrEnum):
-    """What became of a result or a failure. STALE: another stands and ours is to be discarded."""
+    """What became of a result or a failure.
+
+    STALE: another stands and ours is to be discarded. CANCELLED: so is ours, for the job was deleted.
+    """
 
     OK = "ok"
     STALE = "stale"
     UNKNOWN = "unknown"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +71,32 @@ class WorkerQueue:
     """
 
     def __init__(
-        self, url: str, *, model: str, consumer: str, clock: Callable[[], int] = system_now_ms
+        self,
+        url: str,
+        *,
+        model: str,
+        version: str,
+        consumer: str,
+        clock: Callable[[], int] = system_now_ms,
     ) -> None:
         """Connects with the first verb.
 
         Args:
             url: redis://, rediss:// or unix:// URL of Redis 7.0+ or Valkey 8+.
             model: the class to serve.
+            version: of the bundle that is served; its lane is what this worker reads.
             consumer: unique per process life and never used again; the lease is its.
             clock: unix ms.
         """
         self.model = model
+        self.version = version
         self.consumer = consumer
         self._clock = clock
         self._redis = connect(url)
         self._prefix = class_prefix(model)
-        self._stream = f"{self._prefix}:s"
-        self._scripts = {verb: self._redis.register_script(script(verb)) for verb in VERBS}
+        self._stream = stream_of(model, version)
+        self._announcement: tuple[WorkerInfo, str] | None = None
+        self._announce = False
 
     def close(self) -> None:
         """Disconnect."""
@@ -94,13 +108,18 @@ class WorkerQueue:
         The first time, and again if Redis lost its data, this also creates the consumer group and leaves the
         bundle's manifest for the api processes.
         """
-        fresh = self._call("beat", self.consumer, self._clock(), WORKER_TTL_MS, dump_worker(info))
-        if fresh:
-            self._redis.hset("q:models", self.model, manifest_json)
+        self._announcement = info, manifest_json
+        fresh = self._call("beat", *self._who, self._clock(), WORKER_TTL_MS, dump_worker(info))
+        self._announce = self._announce or bool(fresh)
+        if self._announce:
+            with suppress(OutOfMemoryError):  # a full Redis still serves; this comes with a later beat
+                self._redis.hset(f"{self._prefix}:m", self.version, manifest_json)
+                self._redis.hset("q:models", self.model, manifest_json)
+                self._announce = False
 
     def leave(self) -> None:
         """Say that this worker ends in good order."""
-        self._call("leave", self.consumer)
+        self._call("leave", *self._who, self._clock())
 
     def read(self, count: int, block_ms: int = 0) -> list[Lease]:
         """Lease up to `count` jobs from the dispatch window.
@@ -116,12 +135,16 @@ class WorkerQueue:
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
-            self._create_group()
+            self._rejoin()
             return []
         return [_lease(entry) for _, entries in reply for entry in entries]
 
     def reclaim(self, count: int, lease_ms: int) -> list[Lease]:
-        """Take over up to `count` leases that nobody extended for `lease_ms`, this worker's own included."""
+        """Take over up to `count` leases that nobody extended for `lease_ms`, this worker's own included.
+
+        Those on jobs of a version that has no live worker any more go back to the queue.
+        """
+        self._call("adopt", lease_ms)
         leases: list[Lease] = []
         cursor = "0-0"
         while len(leases) < count:
@@ -132,7 +155,7 @@ class WorkerQueue:
             except ResponseError as error:
                 if not str(error).startswith("NOGROUP"):
                     raise
-                self._create_group()
+                self._rejoin()
                 break
             cursor = reply[0]
             leases += [_lease(entry) for entry in reply[1]]
@@ -160,31 +183,45 @@ class WorkerQueue:
 
         A job past its deadline, cancelled, or already tried MAX_ATTEMPTS times is ended here instead.
         """
-        pipeline = self._redis.pipeline(transaction=False)
-        for lease in leases:
-            args = (self.consumer, lease.entry, lease.job_id, self._clock(), MAX_ATTEMPTS)
-            self._scripts["start"](keys=[self._prefix], args=args, client=pipeline)
-        return [self._started(lease, reply) for lease, reply in zip(leases, pipeline.execute(), strict=True)]
+        now_ms = self._clock()
+        replies = self._call_many(
+            "start",
+            [(*self._who, lease.entry, lease.job_id, now_ms, MAX_ATTEMPTS) for lease in leases],
+        )
+        return [self._started(lease, reply) for lease, reply in zip(leases, replies, strict=True)]
 
     def extend(self, progress: Mapping[Lease, int]) -> dict[Lease, Verdict]:
         """Keep leases for another lease time, and record how far (0..100) each job is."""
         if not progress:
             return {}
         args = [arg for lease, percent in progress.items() for arg in (lease.entry, lease.job_id, percent)]
-        verdicts: Any = self._call("extend", self.consumer, *args)
+        verdicts: Any = self._call("extend", *self._who, *args)
         return {lease: Verdict(verdict) for lease, verdict in zip(progress, verdicts, strict=True)}
 
     def complete(self, job: Job, outputs: Sequence[OutputRef], timing: Mapping[str, float]) -> Settled:
         """Record the results of a started job; the first finisher wins, with or without the lease."""
-        args = (self.consumer, job.attempt, job.id, self._clock(), dump_outputs(outputs), json.dumps(timing))
-        return Settled(str(self._call("complete", *args)))
+        return self.complete_all([(job, outputs, timing)])[0]
+
+    def complete_all(
+        self, results: Sequence[tuple[Job, Sequence[OutputRef], Mapping[str, float]]]
+    ) -> list[Settled]:
+        """`complete` for each of several jobs, in one round trip."""
+        if not results:
+            return []
+        args = [
+            arg
+            for job, outputs, timing in results
+            for arg in (job.attempt, job.id, dump_outputs(outputs), json.dumps(timing))
+        ]
+        replies = self._call("complete", *self._who, self._clock(), *args)
+        return [Settled(str(reply)) for reply in replies]
 
     def fail(
         self, job: Job, error: JobError, timing: Mapping[str, float], *, status: JobStatus = JobStatus.FAILED
     ) -> Settled:
         """End a started job without results. Without the lease it is STALE: the next attempt decides."""
         now_ms, err = self._clock(), dump_error(error)
-        args = (self.consumer, job.attempt, job.id, now_ms, status, err, json.dumps(timing))
+        args = (*self._who, job.attempt, job.id, now_ms, status, err, json.dumps(timing))
         return Settled(str(self._call("fail", *args)))
 
     def hand_back(self, leases: Sequence[Lease]) -> int:
@@ -192,18 +229,38 @@ class WorkerQueue:
         if not leases:
             return 0
         args = [arg for lease in leases for arg in (lease.entry, lease.job_id)]
-        return int(self._call("hand_back", self.consumer, *args))
+        return int(self._call("hand_back", *self._who, *args))
+
+    @property
+    def _who(self) -> tuple[str, str]:
+        return self.version, self.consumer
 
     def _call(self, verb: str, *args: str | int | float) -> Any:
-        return self._scripts[verb](keys=[self._prefix], args=args)
+        return self._call_many(verb, [args])[0]
 
-    def _create_group(self) -> None:
-        """After data loss, or before the first worker ever. From entry 0: what is already enqueued counts."""
+    def _call_many(self, verb: str, calls: Sequence[tuple[str | int | float, ...]]) -> list[Any]:
+        """Run one verb with each of these arguments: one round trip, and one sync of the disk for all.
+
+        Raises:
+            RedisError: the first of their errors; the others have had their effect.
+        """
         try:
-            self._redis.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
-        except ResponseError as error:
-            if not str(error).startswith("BUSYGROUP"):  # another worker was faster
-                raise
+            return self._pipeline(verb, calls)
+        except NoScriptError:  # a server that was restarted, or never saw it
+            self._redis.script_load(script(verb))
+            return self._pipeline(verb, calls)
+
+    def _pipeline(self, verb: str, calls: Sequence[tuple[str | int | float, ...]]) -> list[Any]:
+        pipeline = self._redis.pipeline(transaction=False)
+        for args in calls:
+            pipeline.execute_command("EVALSHA", script_sha(verb), 1, self._prefix, *args)
+        replies: list[Any] = pipeline.execute()
+        return replies
+
+    def _rejoin(self) -> None:
+        """Announce this worker again: Redis lost its data, or took the worker for dead and the lane away."""
+        if self._announcement is not None:
+            self.beat(*self._announcement)
 
     def _started(self, lease: Lease, reply: list[str]) -> Started:
         verdict, *rest = reply
@@ -215,6 +272,11 @@ class WorkerQueue:
 def class_prefix(model: str) -> str:
     """Prefix of every key of a class; the braces keep them in one cluster slot."""
     return f"q:{{{model}}}"
+
+
+def stream_of(model: str, version: str) -> str:
+    """The lane of one version: the stream that is its dispatch window."""
+    return f"{class_prefix(model)}:s:{version}"
 
 
 def _lease(entry: tuple[str, Mapping[str, str]]) -> Lease:

@@ -7,17 +7,17 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from server.job import TERMINAL, Job, Priority, model_tag
+from server.queue.calls import Calls
 from server.queue.connection import connect_async, system_now_ms
 from server.queue.leases import class_prefix
 from server.queue.records import EnqueueResult, EnqueueStatus, QueueStats, dump_request, load_job, load_worker
-from server.queue.scripts import VERBS, script
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class JobQueue:
             clock: unix ms.
         """
         self._redis = connect_async(url)
-        self._scripts = {verb: self._redis.register_script(script(verb)) for verb in VERBS}
+        self._calls = Calls(self._redis)
         self._max_waiting = max_waiting
         self._max_live_per_tenant = max_live_per_tenant or 0
         self._result_ttl_ms = result_ttl_s * 1000
@@ -66,6 +66,7 @@ class JobQueue:
         self._clock = clock
         self._boot = secrets.token_hex(8)  # names this process's reply streams
         self._known: set[str] = set()
+        self._expected: dict[str, Job] = {}
         self._waiters: dict[str, set[asyncio.Future[None]]] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
         self._sweeper: asyncio.Task[None] | None = None
@@ -84,19 +85,23 @@ class JobQueue:
             _, tasks = await asyncio.wait(tasks, timeout=0.1)
         for future in [future for futures in self._waiters.values() for future in futures]:
             future.cancel()
+        await self._calls.close()
         await self._redis.aclose()
 
     async def ping(self) -> None:
         """Return if Redis answers, else raise its error."""
         await self._redis.ping()
 
-    async def enqueue(self, job: Job, *, idempotency_key: str | None = None) -> EnqueueResult:
+    async def enqueue(
+        self, job: Job, *, idempotency_key: str | None = None, admit: bool = True
+    ) -> EnqueueResult:
         """Accept `job` or say why not, atomically.
 
         Args:
             job: queued, from `new_job`. The same job again is OK and changes nothing.
-            idempotency_key: scoped to the job's tenant and class, kept for 24 h. The same key with the same
-                fingerprint gives DUP and the job it already has, with another fingerprint MISMATCH.
+            idempotency_key: scoped to the job's tenant, kept for 24 h and no longer than its job. Again with
+                the same class and fingerprint it gives DUP and the job it already has, else MISMATCH.
+            admit: False only looks for the job that has the key; a new one is refused as QUEUE_FULL.
         Raises:
             ValueError: request larger than 64 KiB, or key longer than 255 characters.
         """
@@ -104,23 +109,29 @@ class JobQueue:
             raise ValueError(
                 f"idempotency key of {len(idempotency_key)} characters: 1 to {MAX_KEY_CHARS} allowed"
             )
+        max_waiting = self._max_waiting if admit else 0
+        args = (
+            *(job.id, job.tenant, job.priority, job.kind, dump_request(job.request), job.fingerprint),
+            *(job.created_ms, job.deadline_ms, self._result_ttl_ms, job.traceparent or "", self._boot),
+            *(_digest(idempotency_key), IDEMPOTENCY_TTL_MS, max_waiting, self._max_live_per_tenant),
+        )
+        accepted = False
+        self._expected[job.id] = job  # before the call: the answer may overtake its reply
         try:
             await self._know(job.model)
-            status, job_id, position = await self._call(
-                "enqueue",
-                job.model,
-                *(job.id, job.tenant, job.priority, job.kind, dump_request(job.request), job.fingerprint),
-                *(job.created_ms, job.deadline_ms, self._result_ttl_ms, job.traceparent or "", self._boot),
-                *(_digest(idempotency_key), IDEMPOTENCY_TTL_MS, self._max_waiting, self._max_live_per_tenant),
-            )
+            status, job_id, position = await self._call("enqueue", job.model, *args)
+            accepted = status == EnqueueStatus.OK
         except OutOfMemoryError:
             return EnqueueResult(status=EnqueueStatus.MEMORY)
+        finally:
+            if not accepted:
+                self._expected.pop(job.id, None)
         return EnqueueResult(status=EnqueueStatus(status), job_id=job_id or None, position=int(position))
 
     async def get(self, job_id: str) -> Job | None:
         """The job, or None where no such id is (any longer) known."""
         for model in await self._models_of(job_id):
-            fields: Any = await self._redis.hgetall(f"{class_prefix(model)}:j:{job_id}")
+            fields: Any = await self._calls.command("HGETALL", f"{class_prefix(model)}:j:{job_id}")
             if fields:
                 return load_job(model, job_id, fields)
         return None
@@ -136,12 +147,65 @@ class JobQueue:
             await self._call("cancel", model, job_id, self._clock())
         return await self.get(job_id)
 
+    async def delete(self, job_id: str) -> Job | None:
+        """Cancel an unfinished job; of a finished one the results count as gone. Either is no longer listed.
+
+        Returns:
+            The job as it is; its objects in the store are the caller's to delete.
+        """
+        for model in await self._models_of(job_id):
+            await self._call("delete", model, job_id, self._clock())
+        return await self.get(job_id)
+
+    async def listing(
+        self, models: Iterable[str], *, tenant: str, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[Job], bool]:
+        """A tenant's video jobs, by age.
+
+        Args:
+            models: the classes to look into.
+            tenant: whose.
+            after: the last id of the page before; None begins.
+            limit: at most this many, at least 1.
+            newest_first: or oldest first.
+
+        Returns:
+            The jobs, and whether more come after the last of them.
+        """
+        models = list(models)
+        found: list[Job] = []
+        while len(found) <= limit:
+            ids = sorted(
+                [
+                    job_id
+                    for model in models
+                    for job_id in await self._listed(model, tenant, after, limit + 1, newest_first)
+                ],
+                reverse=newest_first,
+            )[: limit + 1]
+            if not ids:
+                break
+            after = ids[-1]
+            jobs = await asyncio.gather(*map(self.get, ids))  # None: expired since it was listed
+            found += [job for job in jobs if job is not None]
+        return found[:limit], len(found) > limit
+
+    async def _listed(
+        self, model: str, tenant: str, after: str | None, limit: int, newest_first: bool
+    ) -> list[str]:
+        name, start = f"{class_prefix(model)}:l:{tenant}", f"({after}" if after else ""
+        command, bounds = (
+            ("ZREVRANGEBYLEX", (start or "+", "-")) if newest_first else ("ZRANGEBYLEX", (start or "-", "+"))
+        )
+        ids: Any = await self._calls.command(command, name, *bounds, "LIMIT", 0, limit)
+        return list(ids)
+
     async def wait(self, job_id: str, timeout_s: float) -> Job | None:
         """The job once it is finished, or as it stands after `timeout_s`; None for an unknown id."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(job_id, set()).add(future)
         try:
-            if await self._watch(job_id):
+            if self._is_expected(job_id) or await self._watch(job_id):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(timeout_s):
                         await future
@@ -185,10 +249,20 @@ class JobQueue:
         self._known |= manifests.keys()
         return {name: json.loads(text) for name, text in manifests.items() if text}
 
+    async def manifests(self, model: str, versions: Iterable[str]) -> list[Mapping[str, Any]]:
+        """Of these versions, as far as their workers announced them; what a route calls base comes first."""
+        prefix, versions = class_prefix(model), list(versions)
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.hget(f"{prefix}:route", "base")
+        pipeline.hmget(f"{prefix}:m", versions)
+        base, texts = await pipeline.execute()
+        found: list[Mapping[str, Any]] = [json.loads(text) for text in texts if text]
+        return sorted(found, key=lambda manifest: manifest.get("version") != base)
+
     async def _know(self, model: str) -> None:
         """Note a class where every api process finds it when it sees one of its job ids."""
         if model not in self._known:
-            await self._redis.hsetnx(MODELS_KEY, model, "")
+            await self._calls.command("HSETNX", MODELS_KEY, model, "")
             self._known.add(model)
 
     async def _models_of(self, job_id: str) -> list[str]:
@@ -200,12 +274,23 @@ class JobQueue:
             found = [model for model in self._known if model_tag(model) == tag]
         return found
 
+    def _is_expected(self, job_id: str) -> bool:
+        """True for a job that this process enqueued and has not heard the end of: it is told anyway."""
+        job = self._expected.get(job_id)
+        if job is None:
+            return False
+        self._listen(job.model)
+        return True
+
+    def _listen(self, model: str) -> None:
+        if model not in self._readers:
+            name = f"queue replies {model}"
+            self._readers[model] = asyncio.create_task(self._read_replies(model), name=name)
+
     async def _watch(self, job_id: str) -> bool:
         """Have this process told when the job ends; False if there is nothing to wait for."""
         for model in await self._models_of(job_id):
-            if model not in self._readers:
-                name = f"queue replies {model}"
-                self._readers[model] = asyncio.create_task(self._read_replies(model), name=name)
+            self._listen(model)
             status = await self._call("watch", model, job_id, self._boot)
             if status is not None:
                 return status not in TERMINAL
@@ -227,6 +312,7 @@ class JobQueue:
                     last = entry
 
     def _wake(self, job_id: str) -> None:
+        self._expected.pop(job_id, None)
         for future in self._waiters.get(job_id, ()):
             if not future.done():
                 future.set_result(None)
@@ -246,17 +332,21 @@ class JobQueue:
         """
         await self.models()
         for model in list(self._known):
-            await self._redis.hsetnx(MODELS_KEY, model, "")  # again, should Redis have lost its data
+            with suppress(OutOfMemoryError):  # a full Redis must not keep late jobs from ending
+                await self._redis.hsetnx(MODELS_KEY, model, "")  # again, should Redis have lost its data
             for job_id in await self._call("expire", model, self._clock(), DEADLINE_GRACE_MS, 1000):
                 if job := await self.get(job_id):
                     self._on_deadline(job)
-        for job_id in list(self._waiters):
-            job = await self.get(job_id)
+        waited_for = list(self._waiters)
+        for job_id, job in zip(waited_for, await asyncio.gather(*map(self.get, waited_for)), strict=True):
             if job is None or job.finished:
                 self._wake(job_id)
+        long_over_ms = self._clock() - 2 * DEADLINE_GRACE_MS  # whose reply was lost and nobody waits for
+        for job in [job for job in self._expected.values() if job.deadline_ms < long_over_ms]:
+            del self._expected[job.id]
 
     async def _call(self, verb: str, model: str, *args: str | int) -> Any:
-        return await self._scripts[verb](keys=[class_prefix(model)], args=args)
+        return await self._calls.verb(verb, class_prefix(model), *args)
 
 
 def _digest(idempotency_key: str | None) -> str:

@@ -47,6 +47,7 @@ class WorkerInfo:
         version: content hash of the bundle it serves.
         backend: what really runs: "eager", "aotinductor", ...
         max_batch: most rows it runs at once.
+        buckets, num_steps: what the bundle draws; empty: anything.
         warnings: why it runs slower than it could, in words for `/readyz` and the log.
     """
 
@@ -60,6 +61,8 @@ class WorkerInfo:
     host: str
     started_ms: int
     warnings: tuple[str, ...] = ()
+    buckets: tuple[str, ...] = ()
+    num_steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +88,9 @@ def dump_worker(info: WorkerInfo) -> str:
 
 def load_worker(text: str) -> WorkerInfo:
     """Inverse of `dump_worker`."""
-    fields = json.loads(text)
-    return WorkerInfo(**{**fields, "warnings": tuple(fields["warnings"])})
+    read: dict[str, Any] = json.loads(text)
+    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
+    return WorkerInfo(**fields)
 
 
 def dump_request(request: Mapping[str, Any]) -> str:
@@ -133,5 +137,7 @@ def load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
         error=JobError(**json.loads(fields["err"])) if "err" in fields else None,
         timing=json.loads(fields.get("tm", "{}")),
         worker=fields.get("own"),
+        version=fields.get("vs") if int(fields["at"]) else None,  # dealt out is not yet started
         traceparent=fields.get("tp") or None,
+        deleted_ms=int(fields["del"]) if "del" in fields else None,
     )

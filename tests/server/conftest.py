@@ -19,7 +19,8 @@ from server.queue.queue import JobQueue
 from server.queue.records import WorkerInfo
 
 MODEL = "scenes"
-STREAM = f"q:{{{MODEL}}}:s"
+VERSION = "0123456789ab"
+STREAM = f"q:{{{MODEL}}}:s:{VERSION}"
 
 T = TypeVar("T")
 
@@ -78,10 +79,21 @@ def debian_redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         stdout=subprocess.DEVNULL,
         preexec_fn=die_with_parent(),  # noqa: PLW1509 - one prctl call, looked up before the fork
     )
-    poll(socket.exists)
+    poll(lambda: _answers(f"unix://{socket}"))
     yield f"unix://{socket}"
     process.terminate()
     process.wait()
+
+
+def _answers(url: str) -> bool:
+    """True once the server listens; its socket file is there a moment before."""
+    client = connect(url)
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+    finally:
+        client.close()
 
 
 @pytest.fixture(params=["valkey", "redis"])
@@ -121,11 +133,13 @@ def make_worker(redis_url: str, clock: Clock) -> Iterator[Callable[..., WorkerQu
     """Worker queues, announced unless told otherwise."""
     made: list[WorkerQueue] = []
 
-    def make(name: str = "w1", *, max_batch: int = 8, announce: bool = True) -> WorkerQueue:
-        worker = WorkerQueue(redis_url, model=MODEL, consumer=name, clock=clock)
+    def make(
+        name: str = "w1", *, max_batch: int = 8, announce: bool = True, version: str = VERSION
+    ) -> WorkerQueue:
+        worker = WorkerQueue(redis_url, model=MODEL, version=version, consumer=name, clock=clock)
         made.append(worker)
         if announce:
-            worker.beat(worker_info(name, max_batch=max_batch), "{}")
+            worker.beat(worker_info(name, max_batch=max_batch, version=version), "{}")
         return worker
 
     yield make
@@ -143,10 +157,11 @@ def new(clock: Clock) -> Callable[..., Job]:
         tenant: str = "public",
         priority: Priority = Priority.NORMAL,
         deadline_s: float = 60,
+        kind: str = "image",
         **request: Any,
     ) -> Job:
         return new_job(
-            kind="image",
+            kind=kind,
             model=MODEL,
             request={"prompt": prompt, "n": 1, "seed": 7, **request},
             now_ms=clock.now_ms,
@@ -158,17 +173,18 @@ def new(clock: Clock) -> Callable[..., Job]:
     return make
 
 
-def worker_info(name: str, *, max_batch: int = 8) -> WorkerInfo:
+def worker_info(name: str, *, max_batch: int = 8, version: str = VERSION, **offer: Any) -> WorkerInfo:
     return WorkerInfo(
         id=name,
         model=MODEL,
         kind="image",
-        version="0123456789ab",
+        version=version,
         backend="eager",
         max_batch=max_batch,
         pid=1,
         host="here",
         started_ms=0,
+        **offer,
     )
 
 

@@ -83,6 +83,25 @@ def test_acknowledged_writes_survive_a_kill_and_start_runs_it_again(tmp_path: Pa
     server.stop()
 
 
+def test_start_at_the_very_moment_of_a_crash_runs_it_again(tmp_path: Path) -> None:
+    """However far the kernel has come with the killed server: it answers, is deaf, or dead and not reaped."""
+    server = EmbeddedValkey(tmp_path)
+    put(server.start(), "a", "1")
+
+    def crash_and_start() -> None:
+        killed = server.pid
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        server.start()
+        poll(lambda: not running(killed))
+        assert get(server.start(), "a") == "1"
+        assert server.pid != killed
+
+    for _ in range(20):
+        crash_and_start()
+    server.stop()
+
+
 def test_second_one_on_the_same_directory_joins_and_leaves_it_running(tmp_path: Path) -> None:
     with EmbeddedValkey(tmp_path) as first:
         second = EmbeddedValkey(tmp_path)
@@ -90,6 +109,38 @@ def test_second_one_on_the_same_directory_joins_and_leaves_it_running(tmp_path: 
         assert (first.owned, second.owned) == (True, False)
         second.stop()
         assert first.alive()
+
+
+def test_of_many_that_start_at_once_one_owns_the_server_and_the_next_takes_over(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OWNER, str(tmp_path)]
+    starters = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    try:
+        lines = [one.stdout.readline().split() for one in starters if one.stdout is not None]
+        urls, pids = {url for url, _ in lines}, [pid for _, pid in lines]
+        assert len(urls) == 1
+        assert sorted(pid == "None" for pid in pids) == [False, True, True, True]
+        joiner = EmbeddedValkey(tmp_path)
+        put(joiner.start(), "a", "1")
+        assert (joiner.owned, joiner.lost) == (False, False)
+        owner = starters[next(index for index, pid in enumerate(pids) if pid != "None")]
+        owner.kill()
+        owner.wait()
+        poll(lambda: joiner.lost)
+        assert get(joiner.start(), "a") == "1"
+        assert (joiner.owned, joiner.lost) == (True, False)
+        joiner.stop()
+    finally:
+        for one in starters:
+            one.kill()
+            one.communicate()
+
+
+def test_directory_with_characters_that_urls_treat_specially_works(tmp_path: Path) -> None:
+    with EmbeddedValkey(tmp_path / "50% of #1?") as server:
+        put(server.url, "a", "1")
+        assert get(server.url, "a") == "1"
 
 
 def test_two_directories_are_two_servers(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The queue's verbs against real servers: what a job may do, whoever asks and however often."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -193,44 +193,6 @@ async def test_another_api_process_finds_a_job_by_its_id_alone(
 # order
 
 
-async def test_late_tenant_is_served_between_the_jobs_of_an_early_one(
-    redis_url: str, new: NewJob, make_worker: MakeWorker
-) -> None:
-    queue = JobQueue(redis_url, max_waiting=1000)
-    for tenant, count in (("a", 200), ("b", 10)):
-        for _ in range(count):
-            await queue.enqueue(new(tenant=tenant))
-    served = []
-    worker = make_worker()
-    while leases := worker.read(4):
-        for lease in leases:
-            job = start_one(worker, lease)
-            served.append(job.tenant)
-            worker.complete(job, [], {})
-    assert Counter(served) == {"a": 200, "b": 10}
-    assert max(i for i, tenant in enumerate(served) if tenant == "b") < 50
-    await queue.close()
-
-
-async def test_priorities_share_by_weight_and_none_starves(
-    redis_url: str, new: NewJob, make_worker: MakeWorker
-) -> None:
-    queue = JobQueue(redis_url, max_waiting=1000)
-    worker = make_worker(max_batch=1)
-    for priority in Priority:
-        for _ in range(90):
-            await queue.enqueue(new(priority=priority))
-    served = []
-    while leases := worker.read(1):
-        job = start_one(worker, leases[0])
-        served.append(job.priority)
-        worker.complete(job, [], {})
-    first = Counter(served[2:98])  # the first two were in the window before the others came
-    assert first == {Priority.HIGH: 64, Priority.NORMAL: 24, Priority.LOW: 8}
-    assert len(served) == 270
-    await queue.close()
-
-
 async def test_window_holds_two_batches_of_every_live_worker(
     queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
 ) -> None:
@@ -272,6 +234,29 @@ async def test_job_runs_and_its_waiter_gets_the_result(
     assert (stats.total_waiting, stats.running) == (0, 0)
 
 
+async def test_idempotency_key_of_one_class_is_taken_in_all_until_its_job_is_gone(
+    queue: JobQueue, new: NewJob, client: redis.Redis
+) -> None:
+    first = new()
+    elsewhere = replace(new(), model="other", fingerprint=first.fingerprint)
+    await queue.enqueue(first, idempotency_key="k")
+
+    taken = await queue.enqueue(elsewhere, idempotency_key="k")
+    assert (taken.status, taken.job_id) == (EnqueueStatus.MISMATCH, first.id)
+
+    client.delete(f"q:{{{MODEL}}}:j:{first.id}")
+    moved = await queue.enqueue(elsewhere, idempotency_key="k")
+    assert (moved.status, moved.job_id) == (EnqueueStatus.OK, elsewhere.id)
+    assert (await queue.enqueue(new(), idempotency_key="k")).status is EnqueueStatus.MISMATCH
+
+
+async def test_key_that_is_only_looked_for_makes_no_job(queue: JobQueue, new: NewJob) -> None:
+    assert (await queue.enqueue(new(), idempotency_key="k", admit=False)).status is EnqueueStatus.QUEUE_FULL
+    first = await queue.enqueue(new(), idempotency_key="k")
+    again = await queue.enqueue(new(), idempotency_key="k", admit=False)
+    assert (again.status, again.job_id) == (EnqueueStatus.DUP, first.job_id)
+
+
 async def test_nothing_but_the_record_and_the_replies_outlive_a_job(
     queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
 ) -> None:
@@ -281,8 +266,10 @@ async def test_nothing_but_the_record_and_the_replies_outlive_a_job(
     await queue.enqueue(job, idempotency_key="k")
     worker.complete(start_one(worker, lease_one(worker)), [], {})
     left = all_keys(client) - before - {"q:models"}
-    assert all(key.startswith(f"q:{{{MODEL}}}:") for key in left)
-    assert {key.split(":")[2] for key in left} == {"j", "i", "r"}
+    claims = {key for key in left if key.startswith("q:i:")}  # of a tenant, not of a class
+    assert len(claims) == 1
+    assert all(key.startswith(f"q:{{{MODEL}}}:") for key in left - claims)
+    assert {key.split(":")[2] for key in left - claims} == {"j", "i", "r"}
     assert all(0 < client.pttl(key) <= 86_400_000 for key in left)
     assert client.xlen(STREAM) == 0
     assert client.xpending(STREAM, "w")["pending"] == 0
@@ -661,6 +648,20 @@ async def test_silent_worker_is_forgotten_but_its_leases_are_not(
     assert [consumer["name"] for consumer in client.xinfo_consumers(STREAM, "w")] == ["w2"]
 
 
+async def test_consumer_that_read_after_it_was_forgotten_and_died_is_forgotten_again(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis, clock: Clock
+) -> None:
+    frozen, other = make_worker("w1"), make_worker("w2")
+    clock.now_ms += 16_000
+    other.beat(worker_info("w2"), "{}")
+    await queue.enqueue(new())
+    lease_one(frozen)  # its last act
+    let_leases_lapse(client)
+    assert len(other.reclaim(1, lease_ms=20_000)) == 1
+    other.beat(worker_info("w2"), "{}")
+    assert [consumer["name"] for consumer in client.xinfo_consumers(STREAM, "w")] == ["w2"]
+
+
 async def test_worker_that_left_in_order_is_gone_at_once(
     queue: JobQueue, make_worker: MakeWorker, client: redis.Redis
 ) -> None:
@@ -684,7 +685,8 @@ async def test_jobs_enqueued_before_the_first_worker_are_served(
     job = new()
     await queue.enqueue(job)
     worker = make_worker(announce=False)
-    assert worker.read(1) == []  # no group yet: made now
+    assert worker.read(1) == []  # nobody has said yet that this version is served
+    worker.beat(worker_info("w1"), "{}")
     assert lease_one(worker).job_id == job.id
 
 
@@ -694,15 +696,15 @@ async def test_flushed_redis_is_served_on(
     lost = new("lost")
     await queue.enqueue(lost)
     worker = make_worker()
+    worker.beat(worker_info("w1"), '{"name": "scenes"}')
     lease = lease_one(worker)
     running = start_one(worker, lease)
     client.flushall()
     assert worker.extend({lease: 50}) == {lease: Verdict.GONE}
     assert worker.complete(running, [OUTPUT], {}) is Settled.UNKNOWN
     assert await queue.wait(lost.id, 5) is None
-    assert worker.read(1) == []
     assert worker.reclaim(1, lease_ms=1) == []
-    worker.beat(worker_info("w1"), '{"name": "scenes"}')
+    assert worker.read(1) == []  # by now it has announced itself again
     await queue.enqueue(new("kept"))
     start_one(worker, lease_one(worker))
     assert await queue.models() == {MODEL: {"name": "scenes"}}

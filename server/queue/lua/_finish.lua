@@ -3,14 +3,14 @@ local reply_ttl_ms = 3600 * 1000
 
 local function finish(id, status, now, fields)
   local key = job_key(id)
-  local pr, tn, ent, rp, ttl = unpack(redis.call("HMGET", key, "pr", "tn", "ent", "rp", "ttl"))
+  local pr, tn, ent, vs, rp, ttl = unpack(redis.call("HMGET", key, "pr", "tn", "ent", "vs", "rp", "ttl"))
   redis.call("HSET", key, "st", status, "end", now, unpack(fields))
   redis.call("HDEL", key, "ent", "cx")
   redis.call("PEXPIRE", key, ttl)
   redis.call("ZREM", waiting_key(pr), id)
   redis.call("ZREM", live, id)
   redis.call("ZREM", inflight_key(tn), id)
-  if ent then drop_entry(ent) end
+  if ent and vs then drop_entry(vs, ent) end
   for boot in string.gmatch(rp, "%S+") do
     local replies = q .. ":r:" .. boot
     redis.call("XADD", replies, "MAXLEN", "~", 10000, "*", "id", id, "st", status)

@@ -1,8 +1,7 @@
--- pump: move waiting jobs into the dispatch window until it is full.
--- The window is short so that what is not in it yet can still be reordered: between priorities by weight, within a
+-- pump: move waiting jobs into the dispatch windows until they are full.
+-- A window is short so that what is not in it yet can still be reordered: between priorities by weight, within a
 -- priority by taking turns between tenants.
 local weights = {high = 8, normal = 3, low = 1}
-local default_window = 16 -- until the first worker says how much it takes
 
 -- Smooth weighted round robin over the priorities that have waiting jobs: each gains its weight in credit, the
 -- richest is served and pays what all of them gained.
@@ -24,10 +23,99 @@ local function next_priority()
   return best
 end
 
+-- The lanes that live workers serve: {version = jobs it has room for}, one of the versions, and how many they are.
+local function open_lanes()
+  local room, some, count = {}, nil, 0
+  local windows = redis.call("HGETALL", lanes)
+  for i = 1, #windows, 2 do
+    local version, window = windows[i], tonumber(windows[i + 1])
+    if window > 0 then
+      room[version] = window - redis.call("XLEN", stream_of(version))
+      some, count = version, count + 1
+    end
+  end
+  return room, some, count
+end
+
+-- What was decided about versions, for when several are served; see server/README.md, "Versions".
+local function read_plan()
+  local base, next, share, dealt, to_next =
+    unpack(redis.call("HMGET", route, "base", "next", "share", "dealt", "to_next"))
+  local plan = {
+    base = base, next = next, offers = {},
+    share = tonumber(share or 0), dealt = tonumber(dealt or 0), to_next = tonumber(to_next or 0),
+  }
+  local told = redis.call("HGETALL", offers)
+  for i = 1, #told, 2 do plan.offers[told[i]] = cjson.decode(told[i + 1]) end
+  return plan
+end
+
+-- The version whose turn it is, and whether that turn counts. The next version never gets more than its share, also
+-- when the others are busy; what it has no room for goes to the others, and it catches up.
+local function whose_turn(plan, room)
+  local base, next = plan.base, plan.next
+  if room[base] and room[next] then
+    local is_due = (plan.to_next + 1) * 100 <= (plan.dealt + 1) * plan.share
+    return is_due and room[next] > 0 and next or base, plan.share > 0
+  end
+  if room[base] or room[next] then return room[base] and base or next, false end
+  local roomiest
+  for version, jobs in pairs(room) do
+    if not roomiest or jobs > room[roomiest] then roomiest = version end
+  end
+  return roomiest, false
+end
+
+local function count_turn(plan, version)
+  plan.dealt = redis.call("HINCRBY", route, "dealt", 1)
+  if version == plan.next then plan.to_next = redis.call("HINCRBY", route, "to_next", 1) end
+end
+
+local function has(list, wanted)
+  for _, value in ipairs(list) do
+    if value == wanted then return true end
+  end
+  return #list == 0
+end
+
+-- True if a version draws such pictures. Offers are kept only while the versions differ in them.
+local function draws(plan, version, request)
+  local offer = plan.offers[version]
+  if not offer or not request.height then return true end
+  local bucket = string.format("%dx%d", request.height, request.width)
+  local frames = tonumber(request.frames) or 1
+  if frames > 1 then bucket = string.format("%sx%d", bucket, frames) end
+  return has(offer.buckets, bucket) and has(offer.num_steps, request.num_steps)
+end
+
+-- The version that gets a job, given whose turn it is.
+local function deal(plan, room, turn, counts, vs, at, req)
+  local version = turn
+  if tonumber(at) > 0 and room[plan.base] then
+    version = plan.base -- a worker died with it: if the next version is to blame, it must not have three of them
+  elseif vs and room[vs] and (vs == plan.base or vs == plan.next and plan.share > 0) then
+    version = vs -- handed back: it has had its turn
+  end
+  if next(plan.offers) then
+    local request = cjson.decode(req)
+    if not draws(plan, version, request) then
+      for other in pairs(room) do
+        if draws(plan, other, request) then version = other end
+      end
+    end
+  end
+  if counts and not vs and version == turn then count_turn(plan, version) end
+  return version
+end
+
 local function pump()
-  local window = tonumber(redis.call("HGET", pump_state, "window") or default_window)
-  local room = window - redis.call("XLEN", stream)
-  while room > 0 do
+  local room, turn, count = open_lanes()
+  if count == 0 then return end
+  local plan, counts
+  if count > 1 then plan = read_plan() end
+  while true do
+    if plan then turn, counts = whose_turn(plan, room) end
+    if room[turn] <= 0 then return end
     local priority = next_priority()
     if not priority then return end
     local tenant = redis.call("LPOP", ring_key(priority))
@@ -36,8 +124,13 @@ local function pump()
     if redis.call("EXISTS", list) == 1 then redis.call("RPUSH", ring_key(priority), tenant) end
     -- A job that ended while it waited (cancelled, deadline) stays in its list until here.
     if id and redis.call("HGET", job_key(id), "st") == "queued" then
-      redis.call("HSET", job_key(id), "ent", redis.call("XADD", stream, "*", "id", id))
-      room = room - 1
+      local version = turn
+      if plan then
+        version = deal(plan, room, turn, counts, unpack(redis.call("HMGET", job_key(id), "vs", "at", "req")))
+      end
+      local entry = redis.call("XADD", stream_of(version), "*", "id", id)
+      redis.call("HSET", job_key(id), "ent", entry, "vs", version)
+      room[version] = room[version] - 1
     end
   end
 end

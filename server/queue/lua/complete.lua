@@ -1,10 +1,28 @@
 #!lua flags=allow-oom
--- complete: record a job's results. The first finisher wins, lease or not: the work is done and was dear.
--- -> "ok" | "stale" (another result or verdict stands) | "unknown"
-local consumer, attempt, id, now, res, tm = unpack(ARGV)
-local finisher = consumer .. ":" .. attempt
-local st, by = unpack(redis.call("HMGET", job_key(id), "st", "by"))
-if not st then return "unknown" end
-if terminal[st] then return by == finisher and "ok" or "stale" end -- "ok": our first reply was lost
-finish(id, "done", now, {"pg", 100, "res", res, "tm", tm, "by", finisher})
-return "ok"
+-- complete: record the results of jobs, given as (attempt, id, outputs, timing) each. The first finisher wins, lease
+-- or not: the work is done and was dear. -> for each "ok" | "stale" (another result or verdict stands) | "unknown" |
+-- "cancelled" (by this call, for the client had it deleted after its last look: nobody wants the result)
+-- Several in one call, because who blocks on the reply stream is woken once, with all of them.
+local version, consumer, now = ARGV[1], ARGV[2], ARGV[3]
+local settled = {}
+for i = 4, #ARGV, 4 do
+  local attempt, id, res, tm = unpack(ARGV, i, i + 3)
+  local finisher = consumer .. ":" .. attempt
+  local st, by, del = unpack(redis.call("HMGET", job_key(id), "st", "by", "del"))
+  local verdict
+  if not st then
+    verdict = "unknown"
+  elseif terminal[st] then
+    verdict = "stale"
+    if by == finisher then verdict = del and st == "cancelled" and st or "ok" end -- our first reply was lost
+  elseif del then
+    redis.call("HSET", job_key(id), "by", finisher)
+    finish_cancelled(id, now)
+    verdict = "cancelled"
+  else
+    finish(id, "done", now, {"pg", 100, "res", res, "tm", tm, "by", finisher, "vs", version})
+    verdict = "ok"
+  end
+  settled[#settled + 1] = verdict
+end
+return settled

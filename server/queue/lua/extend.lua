@@ -1,20 +1,20 @@
 #!lua flags=allow-oom
 -- extend: heartbeat of a worker for its leases, given as (entry, id, progress) each. -> a verdict for each:
 -- "ok"; "cancel": stop at the next step; "lost": somebody else has it now; "gone": it is finished or unknown.
-local consumer = ARGV[1]
+local version, consumer = ARGV[1], ARGV[2]
 local verdicts = {}
-for i = 2, #ARGV, 3 do
+for i = 3, #ARGV, 3 do
   local entry, id, progress = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local st, pg, cx = unpack(redis.call("HMGET", job_key(id), "st", "pg", "cx"))
   local verdict
   if not st or terminal[st] then
     verdict = "gone"
-  elseif not owns(consumer, entry) then
+  elseif not owns(version, consumer, entry) then
     verdict = "lost"
   else
     -- Resets the idle time and, thanks to JUSTID, not the delivery count. Without the check above this very
     -- command would steal a reclaimed job back.
-    redis.call("XCLAIM", stream, group, consumer, 0, entry, "JUSTID")
+    redis.call("XCLAIM", stream_of(version), group, consumer, 0, entry, "JUSTID")
     if st == "running" and pg ~= progress then redis.call("HSET", job_key(id), "pg", progress) end
     verdict = cx and "cancel" or "ok"
   end

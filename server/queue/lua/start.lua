@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
 -- start: begin the next attempt of a leased job. -> {"run", field, value, ...} | {"drop", why} | {"lost"}
-local consumer, entry, id, now, max_attempts = unpack(ARGV)
-if not owns(consumer, entry) then return {"lost"} end -- else a worker frozen since its read would rob the new owner
+local version, consumer, entry, id, now, max_attempts = unpack(ARGV)
+if not owns(version, consumer, entry) then return {"lost"} end -- else a worker frozen since its read would rob the new owner
 
 local key = job_key(id)
-local st, ent, own, at, dl, cx = unpack(redis.call("HMGET", key, "st", "ent", "own", "at", "dl", "cx"))
-if not st or terminal[st] or ent ~= entry then
-  drop_entry(entry)
+local st, ent, vs, own, at, dl, cx = unpack(redis.call("HMGET", key, "st", "ent", "vs", "own", "at", "dl", "cx"))
+if not st or terminal[st] or ent ~= entry or vs ~= version then
+  drop_entry(version, entry)
   return {"drop", terminal[st] and st or "unknown"}
 end
 if cx then

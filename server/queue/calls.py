@@ -1,0 +1,107 @@
+"""Calls: what several coroutines ask of Redis at the same time, sent as one pipeline.
+
+With `appendfsync always` Redis syncs the disk once for everything that it finds on its connections, so calls
+that travel together share one sync, and the cost of a round trip. One that is alone leaves at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import redis.asyncio
+from redis.exceptions import NoScriptError
+
+from server.queue.scripts import script, script_sha
+
+MAX_PIPELINE = 256
+# While this many pipelines are on their way, further calls gather for the next.
+MAX_UNDERWAY = 2
+
+Command = tuple[str | int, ...]
+
+
+class Calls:
+    """Commands and verbs of one event loop. They have no order: who needs one waits for the reply."""
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        """Sends nothing by itself."""
+        self._redis = client
+        self._waiting: list[tuple[Command, asyncio.Future[Any]]] = []
+        self._underway: set[asyncio.Task[None]] = set()
+        self._loading: dict[str, asyncio.Future[Any]] = {}
+
+    async def verb(self, verb: str, prefix: str, *args: str | int) -> Any:
+        """Run lua/<verb>.lua on the class with this key prefix.
+
+        Raises:
+            RedisError: also if only this call of the pipeline failed.
+        """
+        call: Command = ("EVALSHA", script_sha(verb), 1, prefix, *args)
+        try:
+            return await self.command(*call)
+        except NoScriptError:  # a server that was restarted, or never saw it
+            await self._load(verb)
+            return await self.command(*call)
+
+    async def _load(self, verb: str) -> None:
+        """Load a script, once for all calls that have just missed it."""
+        if verb not in self._loading:
+            self._loading[verb] = loading = asyncio.ensure_future(self.command("SCRIPT LOAD", script(verb)))
+            loading.add_done_callback(lambda _: self._loading.pop(verb))
+        await asyncio.shield(self._loading[verb])  # a caller that is cancelled leaves it to the others
+
+    async def command(self, *command: str | int) -> Any:
+        """Run one command; its reply is what the client's method of that name returns.
+
+        Raises:
+            RedisError: also if only this command of the pipeline failed.
+        """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((command, future))
+        if len(self._waiting) == 1:
+            asyncio.get_running_loop().call_soon(self._send)
+        return await future
+
+    async def close(self) -> None:
+        """Cancel whoever still waits for a reply."""
+        for _, future in self._waiting:
+            future.cancel()
+        self._waiting.clear()
+        tasks = self._underway
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            # Again and again: before Python 3.12 asyncio.wait_for, inside redis-py, can swallow a cancel.
+            _, tasks = await asyncio.wait(tasks, timeout=0.1)
+
+    def _send(self) -> None:
+        while self._waiting and len(self._underway) < MAX_UNDERWAY:
+            batch, self._waiting = self._waiting[:MAX_PIPELINE], self._waiting[MAX_PIPELINE:]
+            task = asyncio.create_task(self._execute(batch), name="queue calls")
+            self._underway.add(task)
+            task.add_done_callback(self._arrived)
+
+    def _arrived(self, task: asyncio.Task[None]) -> None:
+        self._underway.discard(task)
+        self._send()
+
+    async def _execute(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        for command, _ in batch:
+            pipeline.execute_command(*command)
+        try:
+            replies = await pipeline.execute(raise_on_error=False)
+        except asyncio.CancelledError:
+            for _, future in batch:
+                future.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the callers' to handle
+            replies = [error] * len(batch)
+        for (_, future), reply in zip(batch, replies, strict=True):
+            if future.done():  # its caller was cancelled
+                continue
+            if isinstance(reply, Exception):
+                future.set_exception(reply)
+            else:
+                future.set_result(reply)
