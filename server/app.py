@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Message, Receive, Scope, Send
 
 from server.catalog import Catalog
 from server.errors import (
@@ -44,6 +45,7 @@ from server.waiting import ClientGoneError
 CLIENT_GONE_STATUS = 499
 GAUGES_PERIOD_S = 5.0
 DRAIN_WAIT_S = 3.0
+LINGER_S = 1.0
 SHUTDOWN_GRACE_S = 5
 KEEP_ALIVE_S = 75
 QUEUE_RETRY_MS = 1000
@@ -65,7 +67,7 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
         queue = JobQueue(
             settings.redis_url,
             max_waiting=settings.max_queue,
-            result_ttl_s=settings.result_ttl_s,
+            result_ttl_s=settings.record_ttl_s,
             on_deadline=partial(_count_deadline, metrics),
         )
         services = Services(
@@ -91,7 +93,7 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
     app = FastAPI(
         title="tdm-server",
         version=version("tdm-server"),
-        summary="Images from few-step TDM students.",
+        summary="Images and videos from few-step TDM students.",
         lifespan=lifespan,
         docs_url=None,  # both pages load their scripts from elsewhere
         redoc_url=None,
@@ -125,12 +127,13 @@ def serve(settings: Settings) -> int:
 
 
 class _ApiServer(uvicorn.Server):
-    """uvicorn, which also tells the application that it is about to end."""
+    """uvicorn, which ends so that no client notices, as long as another process takes over its socket."""
 
     def __init__(self, app: FastAPI) -> None:
         super().__init__(
             uvicorn.Config(
-                app,
+                self._respond,
+                interface="asgi3",  # uvicorn does not recognise a bound method as what it is
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -150,6 +153,30 @@ class _ApiServer(uvicorn.Server):
             loop = asyncio.get_running_loop()
             loop.call_soon_threadsafe(loop.call_later, DRAIN_WAIT_S, self._app.state.services.draining.set)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop listening at once, but leave clients a moment to learn from a response that they must
+        reconnect.
+
+        uvicorn alone would close every connection without a request, also one whose request is on its way.
+        """
+        for server in self.servers:
+            server.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while self.server_state.connections and not self.force_exit:  # noqa: ASYNC110 - no event to await
+                    await asyncio.sleep(0.02)
+        await super().shutdown(sockets)
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application; once this process is to end, its responses close their connections."""
+
+        async def send_and_close(message: Message) -> None:
+            if self.should_exit and message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        await self._app(scope, receive, send_and_close)
+
 
 def _listener(settings: Settings) -> socket.socket:
     """The supervisor's listening socket, or one of our own."""
@@ -161,7 +188,7 @@ def _listener(settings: Settings) -> socket.socket:
 def _count_deadline(metrics: Metrics, job: Job) -> None:
     """Count a job that no worker started in time."""
     e2e_ms = (job.finished_ms or job.deadline_ms) - job.created_ms
-    metrics.observe_job_end(job.model, outcome="deadline", e2e_ms=e2e_ms, priority=job.priority)
+    metrics.observe_job_end(job.model, job.kind, outcome="deadline", e2e_ms=e2e_ms, priority=job.priority)
 
 
 async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
@@ -169,12 +196,16 @@ async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
     metrics = services.metrics
     while not closing.is_set():
         try:
-            for name, model in (await services.catalog.models()).items():
+            models = await services.catalog.models()
+            metrics.version_workers.clear()  # versions come and go
+            for name, model in models.items():
                 for priority, waiting in model.stats.waiting.items():
                     metrics.queue_waiting.labels(name, priority).set(waiting)
                 metrics.queue_inflight.labels(name).set(model.stats.running)
                 metrics.queue_oldest_age.labels(name).set(model.stats.oldest_age_ms / 1000)
                 metrics.workers_live.labels(name).set(len(model.stats.workers))
+                for worker in model.stats.workers:
+                    metrics.version_workers.labels(name, worker.version).inc()
         except QueueError:
             metrics.redis_errors.labels("stats").inc()
         with suppress(TimeoutError):

@@ -19,9 +19,10 @@ from pydantic import ValidationError
 from engines.bucket import Bucket
 from engines.bundle import Backend, Manifest
 from server.admission import Load
-from server.errors import ModelNotFoundError, NoWorkerError
+from server.errors import ModelNotFoundError, NoWorkerError, WrongKindError
 from server.queue.queue import JobQueue
 from server.queue.records import QueueStats
+from server.queue.routes import common_ground
 
 MAX_AGE_S = 0.5
 UNMEASURED_MS = 1000.0
@@ -105,15 +106,26 @@ class Catalog:
         """The model called `name`, or without a name the first one of this kind, live ones first.
 
         Raises:
-            ModelNotFoundError: there is no such model of this kind.
+            ModelNotFoundError: there is no such model, or none at all of this kind.
+            WrongKindError: the model called `name` is of another kind.
             NoWorkerError: no name was given, and no worker has announced any model yet.
         """
         for max_age_s in (MAX_AGE_S, 0.0):  # a worker may have announced the model a moment ago
             for model in await self._of_kind(kind, max_age_s):
                 if name in (None, model.name):
                     return model
-        if name is None:
+        models = await self.models()
+        if name is None and not models:
             raise NoWorkerError(f"no worker has announced a model for {kind}s yet", retry_after_ms=1000)
+        if name is None:
+            raise ModelNotFoundError(
+                f"this server serves no {kind} model; GET /v1/models lists what it serves", param="model"
+            )
+        if name in models:
+            other = models[name].manifest.kind
+            raise WrongKindError(
+                f"{name} is a model for {other}s; use POST /v1/{other}s, or another model", param="model"
+            )
         served = ", ".join(model.name for model in await self._of_kind(kind, MAX_AGE_S)) or "none"
         raise ModelNotFoundError(f"no {kind} model is called {name!r}; served are: {served}", param="model")
 
@@ -125,10 +137,23 @@ class Catalog:
     async def _read(self) -> dict[str, ServedModel]:
         models = {}
         for name, announced in (await self._queue.models()).items():
-            manifest = _parse_manifest(name, announced)
+            stats = await self._queue.stats(name)
+            manifest = await self._offer(name, announced, stats)
             if manifest is not None:
-                models[name] = ServedModel(manifest=manifest, stats=await self._queue.stats(name))
+                models[name] = ServedModel(manifest=manifest, stats=stats)
         return models
+
+    async def _offer(self, name: str, announced: Mapping[str, Any], stats: QueueStats) -> Manifest | None:
+        """What can be asked for now: while several versions are served, what all of them draw."""
+        workers = sorted(stats.workers, key=lambda worker: worker.started_ms)
+        versions = list(dict.fromkeys(worker.version for worker in workers))
+        if versions in ([], [announced.get("version")]):
+            return _parse_manifest(name, announced)
+        told = await self._queue.manifests(name, versions)
+        manifests = [found for one in told if (found := _parse_manifest(name, one)) is not None]
+        if not manifests:
+            return _parse_manifest(name, announced)
+        return common_ground(manifests) or manifests[0]
 
 
 def _parse_manifest(name: str, announced: Mapping[str, Any]) -> Manifest | None:

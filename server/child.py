@@ -52,14 +52,23 @@ class Child:
         self._report = report
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
+        self.on_trial = False
+        self.end = ""
 
     async def keep_running(self) -> None:
-        """Run the process, again and again; returns after `stop`, or when starting it again is no use."""
+        """Run the process, again and again; returns after `stop`, or when starting it again is no use.
+
+        While it is `on_trial`, its first end is its last; how it ended is in `end`.
+        """
         backoff_s = FIRST_BACKOFF_S
         while True:
             started = time.monotonic()
             status = await self.run_once()
             if self._stopping.is_set():
+                return
+            self.end = f"{self.name} {describe_exit(status)}"
+            if self.on_trial:
+                self._report(self.end)
                 return
             if status == EXIT_USAGE:
                 self._report(f"{self.name} cannot run as it is set up (its message is above)")
@@ -91,6 +100,11 @@ class Child:
             return await process.wait()
         finally:
             self.send(signal.SIGKILL)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of its present life."""
+        return None if self._process is None else self._process.pid
 
     async def stop(self, grace_s: float) -> None:
         """End the process for good: SIGTERM, and SIGKILL after `grace_s`."""

@@ -21,6 +21,7 @@ class ApiError(Exception):
         message: for people: what was wrong, and what would be right.
         param: the field of the request at fault.
         retry_after_ms: when trying again makes sense.
+        extra_headers: what else the response says.
     """
 
     status: ClassVar[int] = 500
@@ -35,14 +36,17 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.retry_after_ms = retry_after_ms
+        self.extra_headers: dict[str, str] = {}
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON body of the response."""
         return {"error": {"message": self.message, "type": self.type, "code": self.code, "param": self.param}}
 
     def headers(self) -> dict[str, str]:
-        """Retry hints, in the two forms that clients read: milliseconds (OpenAI) and whole seconds (HTTP)."""
-        headers = {}
+        """Retry hints, in the two forms that clients read: milliseconds (OpenAI) and whole seconds (HTTP);
+        and `extra_headers`.
+        """
+        headers = dict(self.extra_headers)
         if self.retry_after_ms is not None:
             headers["retry-after-ms"] = str(math.ceil(self.retry_after_ms))
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_ms / 1000)))
@@ -89,6 +93,24 @@ class SizeNotServedError(InvalidRequestError):
     code = "size_not_served"
 
 
+class LengthNotServedError(InvalidRequestError):
+    """The model has no compiled bucket of this size with so many frames or seconds."""
+
+    code = "length_not_served"
+
+
+class FpsNotServedError(InvalidRequestError):
+    """The model's videos have another number of frames per second."""
+
+    code = "fps_not_served"
+
+
+class WrongKindError(InvalidRequestError):
+    """An image model was asked for a video, or a video model for an image."""
+
+    code = "wrong_kind"
+
+
 class StepsNotServedError(InvalidRequestError):
     """The student was not distilled for this number of steps."""
 
@@ -106,6 +128,14 @@ class InvalidJsonError(ApiError):
 
     status = 400
     code = "invalid_json"
+    type = "invalid_request_error"
+
+
+class InvalidFormError(ApiError):
+    """The body is declared as a form and does not parse as one."""
+
+    status = 400
+    code = "invalid_form"
     type = "invalid_request_error"
 
 
@@ -134,10 +164,18 @@ class BodyTooLargeError(ApiError):
 
 
 class UnsupportedMediaTypeError(ApiError):
-    """The body is not declared as JSON."""
+    """The body is not declared as JSON, or where forms are read as one."""
 
     status = 415
     code = "unsupported_media_type"
+    type = "invalid_request_error"
+
+
+class RangeNotSatisfiableError(ApiError):
+    """The part of the content that was asked for begins beyond its end."""
+
+    status = 416
+    code = "range_not_satisfiable"
     type = "invalid_request_error"
 
 

@@ -1,4 +1,9 @@
-"""Expiry: the thread that removes results whose time is over."""
+"""Expiry: when results are over, and the thread that removes them.
+
+A result is over `ttl_s` after its job has finished: from that moment on the API says `expired`, whether the
+bytes are still there or not. The bytes go some minutes later, so that no clock that runs ahead takes what the
+API still promises, and the record goes last, so that nobody is told `unknown` about what has expired.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,21 @@ import logging
 import random
 import threading
 
+from server.job import Job, JobStatus
 from server.store import ResultStore
 
 log = logging.getLogger(__name__)
 
-# Results go a little after the records that name them, so that no record ever names what is gone.
+# Longer than a worker may take from storing a result to completing its job, and clocks may differ.
 GRACE_S = 600.0
 MAX_PERIOD_S = 600.0
+
+
+def is_over(job: Job, ttl_s: float, now_ms: int) -> bool:
+    """True from `ttl_s` after the end of a job with results, or once they are deleted: they count as gone."""
+    if job.status is not JobStatus.DONE:
+        return False
+    return job.deleted_ms is not None or (job.finished_ms or 0) + ttl_s * 1000 <= now_ms
 
 
 class Expiry:

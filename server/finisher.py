@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from server.heartbeat import Heartbeat
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 # A finished job outlasts a Redis restart; after this the lease has lapsed anyway and another worker runs it.
 REDIS_PATIENCE_S = 60.0
-STORE_ATTEMPTS = 4
+MAX_BACKOFF_S = 5.0
 
 
 class Finisher:
@@ -39,6 +39,7 @@ class Finisher:
         metrics: Metrics,
         *,
         version: str,
+        store_patience_s: float,
         num_threads: int = 2,
         max_pending: int = 64,
         clock: Callable[[], int],
@@ -51,6 +52,7 @@ class Finisher:
             heartbeat: keeps the lease until then.
             metrics: of this process.
             version: content hash of the bundle, for provenance.
+            store_patience_s: how long a job's files that cannot be stored are tried again.
             num_threads: jobs finished at once.
             max_pending: pixels of how many jobs may wait in memory.
             clock: unix ms.
@@ -60,9 +62,11 @@ class Finisher:
         self._heartbeat = heartbeat
         self._metrics = metrics
         self._version = version
+        self._store_patience_s = store_patience_s
         self._clock = clock
         self._pool = ThreadPoolExecutor(num_threads, "finish")
         self._room = threading.BoundedSemaphore(max_pending)
+        self._unfinished: set[Future[None]] = set()
 
     def finish(self, work: Work) -> None:
         """Pack, store and complete a job whose samples are all drawn."""
@@ -73,6 +77,12 @@ class Finisher:
         work.ended = True
         self._submit(work, lambda: self._fail(work, error, status))
 
+    def settle(self) -> None:
+        """Return when every job handed over so far has ended. For the thread that hands them over."""
+        while self._unfinished:
+            self._unfinished = wait(self._unfinished, timeout=1.0).not_done
+            self._heartbeat.pulse()  # the engine waits for us, it does not hang
+
     def close(self) -> None:
         """Return when every job handed over has ended."""
         self._pool.shutdown(wait=True)
@@ -80,7 +90,8 @@ class Finisher:
     def _submit(self, work: Work, end: Callable[[], None]) -> None:
         while not self._room.acquire(timeout=1.0):
             self._heartbeat.pulse()  # the engine waits for us, it does not hang
-        self._pool.submit(self._guarded, work, end)
+        self._unfinished = {future for future in self._unfinished if not future.done()}
+        self._unfinished.add(self._pool.submit(self._guarded, work, end))
 
     def _guarded(self, work: Work, end: Callable[[], None]) -> None:
         """Run `end` so that whatever it raises leaves the job ended, or to another worker."""
@@ -102,11 +113,12 @@ class Finisher:
     def _finish(self, work: Work) -> None:
         packed = self._pack(work)
         start = time.perf_counter()
+        store_until = time.monotonic() + self._store_patience_s
         outputs: list[OutputRef] = []
         try:
             for index, file in enumerate(packed):
                 key = f"{work.job.id}/{work.job.attempt}-{index}.{file.suffix}"
-                self._put(key, file)
+                self._put(key, file, store_until)
                 outputs.append(_output_ref(work, index, key, file))
         except OSError:
             log.exception("result not stored", extra={"job_id": work.job.id})
@@ -119,6 +131,9 @@ class Finisher:
         if settled is Settled.OK:
             self._count_end(work, "done")
             self._count_outputs(outputs)
+        elif settled is Settled.CANCELLED:
+            self._count_end(work, "cancelled")
+            self._discard(outputs)
         else:
             log.info("result came second (%s)", settled, extra={"job_id": work.job.id})
             self._metrics.job_duplicates.labels(work.job.model, settled).inc()
@@ -143,25 +158,30 @@ class Finisher:
                 num_steps=work.spec.num_steps,
                 prompt_sha256=prompt_hash(work.spec.prompt),
             )
-            packed.append(pack(pixels, work.spec.output_format, provenance, quality=work.spec.quality))
+            spec = work.spec
+            packed.append(pack(pixels, spec.output_format, provenance, quality=spec.quality, fps=spec.fps))
+            work.pixels[index] = None  # a video's are large, and the store may take a while
         work.timing_ms["pack"] = (time.perf_counter() - start) * 1000
         return packed
 
-    def _put(self, key: str, file: Packed) -> None:
-        """Store one file, with a few attempts well inside the lease.
+    def _put(self, key: str, file: Packed, until: float) -> None:
+        """Store one file. Tried again if need be: the picture was dear, and object stores have bad seconds.
 
         Raises:
-            OSError: none succeeded.
+            OSError: it still fails after `until`, on `time.monotonic`'s clock.
         """
-        for attempt in range(STORE_ATTEMPTS):
+        backoff_s = 0.1
+        while True:
             try:
                 with self._metrics.storage_op.labels("put").time():
                     self._store.put(key, file.data, file.content_type)
                 return
-            except OSError:
-                if attempt == STORE_ATTEMPTS - 1:
+            except OSError as error:
+                if time.monotonic() > until:
                     raise
-                time.sleep(random.uniform(0, 0.2 * 2**attempt))
+                log.warning("not stored, trying again: %s", error)
+                time.sleep(random.uniform(0, backoff_s))
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def _discard(self, outputs: list[OutputRef]) -> None:
         """Delete objects that no job record names; what cannot be deleted now is left to expiry."""
@@ -188,15 +208,17 @@ class Finisher:
                     raise
                 log.warning("trying again: %s", error)
                 time.sleep(random.uniform(0, backoff_s))
-                backoff_s = min(2 * backoff_s, 5.0)
+                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
     def _count_end(self, work: Work, outcome: str) -> None:
         self._metrics.observe_job_end(
             work.job.model,
+            work.job.kind,
             outcome=outcome,
             e2e_ms=self._clock() - work.job.created_ms,
             timing_ms=work.timing_ms if outcome == "done" else None,
             priority=work.job.priority,
+            version=self._version,
         )
 
     def _count_outputs(self, outputs: list[OutputRef]) -> None:

@@ -60,6 +60,7 @@ class Heartbeat:
         self._progress: dict[Lease, int] = {}
         self._verdicts: dict[Lease, Verdict] = {}
         self._last_pulse = time.monotonic()
+        self._last_failure = -float("inf")
         self._hurry = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -96,6 +97,11 @@ class Heartbeat:
         """True between `hold` and `release`."""
         with self._lock:
             return lease in self._progress
+
+    @property
+    def last_failure(self) -> float:
+        """When Redis last failed to answer a beat, on `time.monotonic`'s clock."""
+        return self._last_failure
 
     def pulse(self) -> None:
         """The engine's thread gets on."""
@@ -134,6 +140,7 @@ class Heartbeat:
                     self._queue.beat(self._info, self._manifest_json)
                 self._extend()
             except QueueError as error:
+                self._last_failure = time.monotonic()
                 self._metrics.redis_errors.labels("heartbeat").inc()
                 log.warning("heartbeat: %s", error)
             if due:

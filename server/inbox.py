@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 # The longest that a blocking read keeps the worker from seeing that it is to stop.
 READ_BLOCK_MS = 1_000
-RECLAIM_PERIOD_S = 5.0
+# How often lapsed leases are looked for, as a share of the lease.
+RECLAIMS_PER_LEASE = 4
 MAX_BACKOFF_S = 5.0
 
 
@@ -43,6 +44,7 @@ class Inbox:
         cost_ms: CostModel,
         lease_s: float,
         stopping: threading.Event,
+        settle: Callable[[], None],
         clock: Callable[[], int],
     ) -> None:
         """Leases nothing before `next_batch`.
@@ -55,6 +57,7 @@ class Inbox:
             cost_ms: the bundle's cost curve.
             lease_s: age at which other workers' leases are taken over.
             stopping: set when no further jobs are to be started.
+            settle: returns once every job that was drawn has ended.
             clock: unix ms.
         """
         self._queue = queue
@@ -62,8 +65,9 @@ class Inbox:
         self._metrics = metrics
         self._max_batch = max_batch
         self._cost_ms = cost_ms
-        self._lease_ms = int(lease_s * 1000)
+        self._lease_s = lease_s
         self._stopping = stopping
+        self._settle = settle
         self._clock = clock
         self._unseen: list[Lease] = []
         self._works: dict[str, Work] = {}
@@ -72,6 +76,7 @@ class Inbox:
         self._backlog = 0
         self._rows_per_job = 1.0
         self._next_reclaim = 0.0
+        self._drew_alone = False
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._prefetched: Future[None] | None = None
 
@@ -159,7 +164,15 @@ class Inbox:
         )
 
     def _assign(self, rows: Sequence[Row]) -> list[Drawing]:
-        """Start the jobs of these rows that are not yet, and take the rows out of the inbox."""
+        """Start the jobs of these rows that are not yet, and take the rows out of the inbox.
+
+        A job that runs alone has no neighbour in the finisher either: one whose files are still being written
+        when the suspect kills the process would lose an attempt each time, and be convicted in its place.
+        """
+        alone = rows[0].alone
+        if alone or self._drew_alone:
+            self._settle()
+        self._drew_alone = alone
         self._start([work for work in self._works_of(rows) if not work.started])
         drawings = []
         for row in rows:
@@ -189,7 +202,9 @@ class Inbox:
         log.info("not started: %s", why, extra={"job_id": job.id})
         if why in ("deadline", "poison", "cancelled"):  # ended by this very start
             age_ms = self._clock() - job.created_ms
-            self._metrics.observe_job_end(job.model, outcome=why, e2e_ms=age_ms, priority=job.priority)
+            self._metrics.observe_job_end(
+                job.model, job.kind, outcome=why, e2e_ms=age_ms, priority=job.priority
+            )
         else:
             self._metrics.job_duplicates.labels(job.model, "start").inc()
         if why == "poison":
@@ -217,11 +232,16 @@ class Inbox:
         self._look()
 
     def _reclaim(self, count: int) -> list[Lease]:
-        """Leases that lapsed; ours among them (Redis was away for long) are thereby extended and go on."""
-        if time.monotonic() < self._next_reclaim:
+        """Leases that lapsed; ours among them (Redis was away for long) are thereby extended and go on.
+
+        While Redis was away nobody could extend a lease. So after that the others get a lease's time to do
+        it: jobs that live workers still run are not to be run twice, nor to count as having lost a worker.
+        """
+        now = time.monotonic()
+        if now < max(self._next_reclaim, self._heartbeat.last_failure + self._lease_s):
             return []
-        self._next_reclaim = time.monotonic() + RECLAIM_PERIOD_S * random.uniform(0.8, 1.2)
-        leases = self._queue.reclaim(count, self._lease_ms)
+        self._next_reclaim = now + self._lease_s / RECLAIMS_PER_LEASE * random.uniform(0.8, 1.2)
+        leases = self._queue.reclaim(count, int(self._lease_s * 1000))
         return [lease for lease in leases if not self._heartbeat.holds(lease)]
 
     def _look(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from engines.bucket import Bucket
 from engines.bundle import Manifest
@@ -12,8 +14,11 @@ from server.admission import MIN_RETRY_MS, NO_WORKER_RETRY_MS, Decision, decide
 from server.catalog import ServedModel
 from server.errors import (
     ApiError,
+    FpsNotServedError,
     IdempotencyMismatchError,
     InvalidHeaderError,
+    InvalidRequestError,
+    LengthNotServedError,
     OverloadedError,
     PromptTooLongError,
     QueueFullError,
@@ -24,11 +29,17 @@ from server.errors import (
 )
 from server.job import fingerprint, new_job
 from server.queue.records import EnqueueStatus
-from server.schemas import DrawingRequest
+from server.schemas import DrawingRequest, SampleRequest, VideoRequest
 from server.services import Services
+from server.views import seconds_of
 
 MAX_RANDOM_SEED = 2**32
 """Random seeds stay below this: JavaScript clients read integers beyond 2**53 wrongly."""
+
+DEFAULT_FPS = 8
+"""Of a video bundle that does not say."""
+LENGTH_TOLERANCE = 0.01
+"""Of a frame: clients round seconds."""
 
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
@@ -49,7 +60,7 @@ class Accepted:
     eta_ms: float | None
 
 
-async def accept(services: Services, body: DrawingRequest, idempotency_key: str | None) -> Accepted:
+async def accept(services: Services, body: SampleRequest, idempotency_key: str | None) -> Accepted:
     """Check a request against the model it names, predict its finish, and enqueue it.
 
     Raises:
@@ -60,46 +71,41 @@ async def accept(services: Services, body: DrawingRequest, idempotency_key: str 
             "Idempotency-Key must be 1 to 255 visible ASCII characters", param="Idempotency-Key"
         )
     _check_prompt(body.prompt, services.settings.max_prompt_chars)
-    model = await services.catalog.find(body.model, kind="image")
-    bucket = pick_bucket(body.size, model.manifest)
-    num_steps = pick_steps(body.steps, model.manifest)
+    kind = "video" if isinstance(body, VideoRequest) else "image"
+    deadline_ms = round(services.settings.deadline_s(kind) * 1000)
+    model = await services.catalog.find(body.model, kind=kind)
+    asked = _canonical(body, model.manifest)
     decision = decide(
         model.load,
-        model.batch_ms(bucket, num_steps),
-        num_samples=body.n,
+        model.batch_ms(bucket_of(asked), asked["num_steps"]),
+        num_samples=asked["n"],
         max_waiting=services.settings.max_queue,
-        deadline_ms=services.settings.job_deadline_s * 1000,
+        deadline_ms=deadline_ms,
     )
-    # A known key must find its job even when no new one would be admitted.
+    # A known key must find its job even when no new one is admitted: the queue says which it is.
     if decision.reason and idempotency_key is None:
         _count_refusal(services, model, decision.reason)
         raise _refusal(decision, services, model)
 
-    asked = {
-        "prompt": body.prompt,
-        "n": body.n,
-        "height": bucket.height,
-        "width": bucket.width,
-        "frames": bucket.frames,
-        "seed": body.seed,
-        "num_steps": num_steps,
-        "output_format": body.output_format,
-        "output_compression": body.output_compression,
-    }
     now_ms = services.now_ms()
     seed = secrets.randbelow(MAX_RANDOM_SEED) if body.seed is None else body.seed
     job = new_job(
-        kind="image",
+        kind=kind,
         model=model.name,
         request={**asked, "seed": seed},
         now_ms=now_ms,
-        deadline_ms=now_ms + round(services.settings.job_deadline_s * 1000),
+        deadline_ms=now_ms + deadline_ms,
     )
     # The fingerprint is of what was asked: a repeated request without a seed is still the same request.
     job = replace(job, fingerprint=fingerprint({**asked, "model": model.name}))
     with services.metrics.redis_op.labels("enqueue").time():
-        result = await services.queue.enqueue(job, idempotency_key=idempotency_key)
+        result = await services.queue.enqueue(job, idempotency_key=idempotency_key, admit=not decision.reason)
+    if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
+        result = replace(result, status=EnqueueStatus.DUP)
     if result.status not in (EnqueueStatus.OK, EnqueueStatus.DUP) or result.job_id is None:
+        if decision.reason and result.status is EnqueueStatus.QUEUE_FULL:
+            _count_refusal(services, model, decision.reason)
+            raise _refusal(decision, services, model)
         _count_refusal(services, model, _REASONS.get(result.status, "idempotency"))
         raise _enqueue_error(result.status, decision, services, model)
     return Accepted(
@@ -110,22 +116,129 @@ async def accept(services: Services, body: DrawingRequest, idempotency_key: str 
     )
 
 
+def _canonical(body: SampleRequest, manifest: Manifest) -> dict[str, Any]:
+    """What is asked for, with every default filled in; a seed that was left open stays None.
+
+    How the pictures are handed over (`response_format`, `wait_s`, ...) is no part of it.
+
+    Raises:
+        InvalidRequestError: the model does not offer it.
+    """
+    form: dict[str, Any]
+    if isinstance(body, VideoRequest):
+        fps = pick_fps(body.fps, manifest)
+        bucket = pick_video_bucket(body, manifest, fps)
+        form = {"n": 1, "output_format": "mp4", "output_compression": None, "fps": fps}
+    else:
+        assert isinstance(body, DrawingRequest)
+        bucket = pick_bucket(body.size, manifest)
+        form = {
+            "n": body.n,
+            "output_format": body.output_format,
+            "output_compression": body.output_compression,
+        }
+    return {
+        "prompt": body.prompt,
+        "height": bucket.height,
+        "width": bucket.width,
+        "frames": bucket.frames,
+        "seed": body.seed,
+        "num_steps": pick_steps(body.steps, manifest),
+        **form,
+    }
+
+
+async def _is_same(services: Services, body: SampleRequest, holder_id: str | None) -> bool:
+    """Whether a request without a model is the holder's all the same: which model such a request gets changes
+    with the workers that live.
+    """
+    holder = await services.queue.get(holder_id) if body.model is None and holder_id else None
+    model = (await services.catalog.models()).get(holder.model) if holder else None
+    if holder is None or model is None or (holder.kind == "video") != isinstance(body, VideoRequest):
+        return False
+    try:
+        asked = _canonical(body, model.manifest)
+    except InvalidRequestError:
+        return False
+    return fingerprint({**asked, "model": model.name}) == holder.fingerprint
+
+
+def bucket_of(request: Mapping[str, Any]) -> Bucket:
+    """The bucket of a job's request."""
+    return Bucket(request["height"], request["width"], request.get("frames") or 1)
+
+
 def pick_bucket(size: str, manifest: Manifest) -> Bucket:
     """The bucket of a `WIDTHxHEIGHT` size; `auto` is the model's first one.
 
     Raises:
         SizeNotServedError: the bundle has no such bucket.
     """
-    if size == "auto":
-        return manifest.buckets[0]
-    width, height = (int(part) for part in size.split("x"))
-    for bucket in manifest.buckets:
-        if (bucket.width, bucket.height) == (width, height):
+    return _buckets_of_size(size, manifest)[0]
+
+
+def pick_video_bucket(body: VideoRequest, manifest: Manifest, fps: int) -> Bucket:
+    """The first bucket that has the size and the length that are asked for.
+
+    Raises:
+        SizeNotServedError: the bundle has none of this size.
+        LengthNotServedError: it has none of this size with so many frames or seconds.
+    """
+    sized = _buckets_of_size(body.size, manifest)
+    for bucket in sized:
+        if body.frames in (None, bucket.frames) and _lasts(body.seconds, bucket.frames, fps):
             return bucket
-    allowed = ", ".join(f"{bucket.width}x{bucket.height}" for bucket in manifest.buckets)
-    raise SizeNotServedError(
-        f"{manifest.name} does not draw {size}; allowed are: auto, {allowed}", param="size"
+    name = "seconds" if body.frames is None else "frames"
+    asked = f"{body.seconds:g} s" if body.frames is None else f"{body.frames} frames"
+    allowed = ", ".join(
+        dict.fromkeys(f"{seconds_of(bucket.frames, fps)} s ({bucket.frames} frames)" for bucket in sized)
     )
+    and_seconds = f" in {body.seconds:g} s" if body.frames is not None and body.seconds is not None else ""
+    raise LengthNotServedError(
+        f"{manifest.name} does not draw {asked}{and_seconds}; allowed are: {allowed}", param=name
+    )
+
+
+def pick_fps(fps: int | None, manifest: Manifest) -> int:
+    """The model's frames per second, which is all that may be asked for.
+
+    Raises:
+        FpsNotServedError: another number was.
+    """
+    own = manifest.fps or DEFAULT_FPS
+    if fps not in (None, own):
+        raise FpsNotServedError(
+            f"{manifest.name} does not draw {fps} frames per second; allowed is: {own}", param="fps"
+        )
+    return own
+
+
+def _lasts(seconds: float | None, frames: int, fps: int) -> bool:
+    """Whether so many frames last `seconds`, the last frame's own time counted or not."""
+    return seconds is None or frames - 1 - LENGTH_TOLERANCE <= seconds * fps <= frames + LENGTH_TOLERANCE
+
+
+def _buckets_of_size(size: str, manifest: Manifest) -> list[Bucket]:
+    """At least one bucket.
+
+    Raises:
+        SizeNotServedError: there is none.
+    """
+    if size == "auto":
+        return list(manifest.buckets)
+    width, height = (int(part) for part in size.split("x"))
+    found = [bucket for bucket in manifest.buckets if (bucket.width, bucket.height) == (width, height)]
+    if not found:
+        allowed = ", ".join(sizes_of(manifest))
+        raise SizeNotServedError(
+            f"{manifest.name} does not draw {size}; allowed are: auto, {allowed}", param="size"
+        )
+    return found
+
+
+def sizes_of(manifest: Manifest) -> list[str]:
+    """Every `WIDTHxHEIGHT` of a model, its own first."""
+    return list(dict.fromkeys(f"{bucket.width}x{bucket.height}" for bucket in manifest.buckets))
 
 
 def pick_steps(steps: int | None, manifest: Manifest) -> int:
@@ -172,14 +285,14 @@ _REASONS = {
 
 
 def _count_refusal(services: Services, model: ServedModel, reason: str) -> None:
-    services.metrics.jobs_rejected.labels(model.name, reason).inc()
+    services.metrics.jobs_rejected.labels(model.name, model.manifest.kind, reason).inc()
 
 
 def _refusal(decision: Decision, services: Services, model: ServedModel) -> ApiError:
     if decision.reason == "deadline":
         message = (
             f"a job would take about {(decision.eta_ms or 0) / 1000:.1f} s now, "
-            f"and its deadline is {services.settings.job_deadline_s:g} s; try again later"
+            f"and its deadline is {services.settings.deadline_s(model.manifest.kind):g} s; try again later"
         )
     else:
         message = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 MAX_SEED = 2**63
 ID_PREFIX = {"image": "img", "video": "vid"}
+_JOB_ID = re.compile(rf"(?:{'|'.join(ID_PREFIX.values())})_([0-9a-f]{{12}})[0-9a-f]{{20}}")
 
 
 class JobStatus(StrEnum):
@@ -78,13 +80,15 @@ class Job:
         kind: "image" or "video".
         model: bundle name; also the queue class.
         request: canonical request: prompt, n, height, width, frames, seed, num_steps, output_format,
-            output_compression. Sample `i` is drawn with `sample_seed(seed, i)`.
+            output_compression, for a video fps. Sample `i` is drawn with `sample_seed(seed, i)`.
         fingerprint: `fingerprint(request)`; the same idempotency key with another fingerprint is a mismatch.
         attempt: how often a worker has started it.
         deadline_ms: unix ms after which it is failed with code `deadline` instead of started.
         progress: 0..100, denoising steps done.
         timing: ms by stage: queue, batch_wait, encode, denoise, decode, pack, store.
         worker: consumer name of the last worker that started it.
+        version: of the bundle that runs it, or is to run it again; once it is done, of the one that drew it.
+        deleted_ms: when the client had its results deleted; they count as gone from then on.
     """
 
     id: str
@@ -105,7 +109,9 @@ class Job:
     error: JobError | None = None
     timing: Mapping[str, float] = field(default_factory=dict)
     worker: str | None = None
+    version: str | None = None
     traceparent: str | None = None
+    deleted_ms: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -138,6 +144,12 @@ def new_job_id(kind: str, model: str, now_ms: int) -> str:
     if kind not in ID_PREFIX:
         raise ValueError(f"job kind {kind!r}: allowed are {sorted(ID_PREFIX)}")
     return f"{ID_PREFIX[kind]}_{now_ms:012x}{secrets.token_hex(8)}{model_tag(model)}"
+
+
+def created_ms_of(job_id: str) -> int | None:
+    """When an id was made, in unix ms; None if it is not a job id at all."""
+    found = _JOB_ID.fullmatch(job_id)
+    return int(found[1], 16) if found else None
 
 
 def new_job(

@@ -12,29 +12,33 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from engines.bundle import read_manifest
+from engines.bundle import Manifest, list_gpus, read_manifest
 from engines.errors import EngineError
 from server.child import EXIT_USAGE, Child
+from server.fleet import Fleet, Post
 from server.queue.embedded import EmbeddedValkey, EmbeddedValkeyError
+from server.queue.errors import QueueError
+from server.queue.routes import Routes
 from server.settings import Settings, child_environment
 
 EXIT_FAILURE = 1
 MAX_CPU_WORKERS = 4
+KINDS = ("image", "video")
 BACKLOG = 2048
 API_GRACE_S = 10.0
-WORKER_GRACE_S = 30.0
 VALKEY_CHECK_S = 1.0
 READY_CHECK_S = 0.25
 READY_REMINDER_S = 15.0
 
-DEMO_STUDENT = "demo/checkpoints/scenes-student"
-DEMO_BUNDLE = "bundles/scenes"
+SHIPPED = "demo/checkpoints"
+STUDENT_SUFFIX = "-student"
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (compared with, not bound to)
 
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
@@ -75,19 +79,31 @@ async def _supervise(settings: Settings, listener: socket.socket) -> int:
     if bundles is None:
         return 0
     async with _redis(settings) as redis_url:
-        api, *workers = children = plan_children(settings, bundles, redis_url, listener)
-        running = [asyncio.create_task(child.keep_running()) for child in children]
-        announcing = asyncio.create_task(announce(listener, num_workers=len(workers)))
+        api = plan_api(settings, redis_url, listener)
+        fleet = Fleet(
+            plan_posts(settings, bundles),
+            Routes(redis_url),
+            partial(hire, settings, redis_url),
+            swap_timeout_s=settings.swap_timeout_s,
+            report=say,
+        )
+        serving = asyncio.create_task(api.keep_running())
+        try:
+            await fleet.start()
+        except QueueError as error:
+            raise LaunchError(f"Redis: {error}", EXIT_FAILURE) from error
+        tending = asyncio.create_task(fleet.run())
+        announcing = asyncio.create_task(announce(listener, num_workers=len(fleet.workers)))
         stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({stopped, *running}, return_when=asyncio.FIRST_COMPLETED)
-        announcing.cancel()
-        stopped.cancel()
-        hurrying = asyncio.create_task(_kill_on(hurry, children))
+        await asyncio.wait({stopped, serving, tending}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (announcing, stopped, tending):
+            task.cancel()
+        hurrying = asyncio.create_task(_kill_on(hurry, lambda: [api, *fleet.workers]))
         # Without our copy of the socket new clients are refused at once, instead of hanging in its backlog.
         listener.close()
         await api.stop(API_GRACE_S)  # before the workers: they finish what its clients wait for
-        await asyncio.gather(*(worker.stop(WORKER_GRACE_S) for worker in workers))
-        await asyncio.gather(*running)
+        await fleet.end()
+        await serving
         hurrying.cancel()
     return 0 if stop.is_set() else EXIT_FAILURE
 
@@ -122,25 +138,39 @@ def check_metrics_port(settings: Settings) -> None:
 
 
 async def prepare_bundles(settings: Settings) -> list[Path]:
-    """The bundles to serve. With none set: the demo student's, built now unless one that fits is there.
+    """The bundles to serve. With none set: the shipped students', built now unless ones that fit are there.
 
     Raises:
-        LaunchError: TDM_BUNDLES names something else than bundles, or the build failed.
+        LaunchError: TDM_BUNDLES names something else than bundles, or a build failed.
     """
     if settings.bundle_paths:
         return find_bundles(settings.bundle_paths)
-    student = str(files("engines") / DEMO_STUDENT)
-    bundle = settings.data_dir.resolve() / DEMO_BUNDLE
+    built = settings.data_dir.resolve() / "bundles"
+    return [
+        await _build_bundle(
+            student, built / student.name.removesuffix(STUDENT_SUFFIX), settings.bundle_key_file
+        )
+        for student in shipped_students()
+    ]
+
+
+def shipped_students() -> list[Path]:
+    """Directories of the students that come with the package."""
+    return sorted(Path(str(files("engines"))).glob(f"{SHIPPED}/*{STUDENT_SUFFIX}"))
+
+
+async def _build_bundle(student: Path, bundle: Path, key_file: Path | None) -> Path:
+    signing = [] if key_file is None else ["--key-file", str(key_file)]
     build = Child(
         "engines build",
-        ["-m", "engines", "build", student, "--out", str(bundle), "--if-needed"],
+        ["-m", "engines", "build", str(student), "--out", str(bundle), "--if-needed", *signing],
         child_environment(),
         report=say,
     )
     status = await build.run_once()
     if status != 0:
-        raise LaunchError(f"the demo student's bundle was not built: status {status}", EXIT_FAILURE)
-    return [bundle]
+        raise LaunchError(f"the bundle of {student.name} was not built: status {status}", EXIT_FAILURE)
+    return bundle
 
 
 def find_bundles(paths: Sequence[Path]) -> list[Path]:
@@ -158,46 +188,121 @@ def find_bundles(paths: Sequence[Path]) -> list[Path]:
     return bundles
 
 
-def plan_children(
-    settings: Settings, bundles: Sequence[Path], redis_url: str, listener: socket.socket
-) -> list[Child]:
-    """The api process, then the workers. Bundles are dealt out in turn, so each has at least one worker.
+def plan_posts(settings: Settings, bundles: Sequence[Path]) -> dict[str, Post]:
+    """What each model is served with: a bundle for each of its workers.
 
     Raises:
-        LaunchError: a bundle's manifest cannot be read.
+        LaunchError: a bundle's manifest cannot be read, or two different bundles have one name.
     """
+    gpus = visible_gpus(settings)
+    manifests: dict[Path, Manifest] = {}
+    known: dict[str, Manifest] = {}
     for bundle in bundles:
         try:
-            read_manifest(bundle)
+            manifests[bundle] = manifest = read_manifest(bundle)
         except EngineError as error:
             raise LaunchError(f"{bundle}: {error} (TDM_BUNDLES)") from error
-    num_workers = settings.workers or count_workers(len(os.sched_getaffinity(0)))
-    shared = {"redis_url": redis_url, "data_dir": settings.data_dir.resolve()}
-    api = Child(
+        # The name is the queue class: a job would be drawn by whichever of the two is free.
+        if known.setdefault(manifest.name, manifest).version != manifest.version:
+            raise LaunchError(f"{bundle}: another bundle is called {manifest.name!r}, too (TDM_BUNDLES)")
+    kinds: dict[str, dict[Path, str]] = {"cpu": {}, "cuda": {}}
+    for bundle, manifest in manifests.items():
+        # without a GPU such a bundle is served by the CPU, and says so
+        kinds[manifest.device if gpus else "cpu"][bundle] = manifest.kind
+    seats: list[tuple[Path, str]] = []
+    if kinds["cpu"]:
+        num_cores = len(os.sched_getaffinity(0))
+        seats += [(bundle, "") for bundle in deal(kinds["cpu"], settings.workers, num_cores)]
+    seats += deal_gpus(kinds["cuda"], settings.workers, gpus)
+    dealt: dict[str, list[tuple[Path, str]]] = {}
+    for bundle, gpu in seats:
+        dealt.setdefault(manifests[bundle].name, []).append((bundle, gpu))
+    return {
+        name: Post(
+            manifest=known[name],
+            bundles=[bundle for bundle, _ in workers],
+            gpus=[gpu for _, gpu in workers],
+        )
+        for name, workers in dealt.items()
+    }
+
+
+def plan_api(settings: Settings, redis_url: str, listener: socket.socket) -> Child:
+    """The api process."""
+    return Child(
         "api",
         ["-m", "server", "api"],
-        child_environment(**shared, listen_fd=listener.fileno()),
+        child_environment(
+            redis_url=redis_url, data_dir=settings.data_dir.resolve(), listen_fd=listener.fileno()
+        ),
         pass_fds=[listener.fileno()],
         report=say,
     )
+
+
+def hire(settings: Settings, redis_url: str, bundle: Path, index: int, expires: bool, gpu: str) -> Child:
+    """A worker for one bundle; `expires`: it removes old results; `gpu`: the only one it sees, or ""."""
     limits = dict.fromkeys(THREAD_LIMITS, settings.worker_threads)
-    workers = [
-        Child(
-            f"worker {index}",
-            ["-m", "server", "worker"],
-            child_environment(**shared, **limits, worker_index=index, bundles=bundles[index % len(bundles)]),
-            report=say,
-        )
-        for index in range(max(num_workers, len(bundles)))
-    ]
-    return [api, *workers]
+    device = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+    environment = child_environment(
+        redis_url=redis_url,
+        data_dir=settings.data_dir.resolve(),
+        worker_index=index,
+        worker_expires=expires,
+        bundles=bundle,
+        **limits,
+        **device,
+    )
+    return Child(f"worker {index}", ["-m", "server", "worker"], environment, report=say)
+
+
+def deal(kinds: Mapping[Path, str], num_workers: int, num_cores: int) -> list[Path]:
+    """Which bundle each worker serves; every bundle has one at least.
+
+    Args:
+        kinds: of the bundles, "image" or "video".
+        num_workers: TDM_WORKERS, dealt out in turn. 0 leaves it open: then images get the workers that this
+            machine has room for, and each bundle for videos one more, so that a long clip never stands in a
+            picture's way and workers without clips to draw leave their cores to the others.
+        num_cores: of this machine.
+    """
+    images, videos = ([bundle for bundle, kind in kinds.items() if kind == which] for which in KINDS)
+    if num_workers or not (images and videos):
+        return _in_turn([*images, *videos], num_workers or count_workers(num_cores))
+    return [*_in_turn(images, count_workers(num_cores)), *videos]
+
+
+def deal_gpus(kinds: Mapping[Path, str], num_workers: int, gpus: Sequence[str]) -> list[tuple[Path, str]]:
+    """Which bundle each worker on a GPU serves, and on which one; every bundle has one at least.
+
+    Args:
+        kinds: of the bundles built for a GPU, "image" or "video".
+        num_workers: TDM_WORKERS; 0: one per GPU. Beyond their number workers share GPUs, and each finds out
+            at start whether there is memory left for it.
+        gpus: as `visible_gpus`; at least one if there are bundles.
+    """
+    if not kinds:
+        return []
+    bundles = sorted(kinds, key=lambda bundle: KINDS.index(kinds[bundle]))
+    dealt = _in_turn(bundles, num_workers or len(gpus))
+    return [(bundle, gpus[index % len(gpus)]) for index, bundle in enumerate(dealt)]
+
+
+def visible_gpus(settings: Settings) -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` calls each GPU that workers may have."""
+    if settings.cuda_visible_devices is not None:
+        return [part.strip() for part in settings.cuda_visible_devices.split(",") if part.strip()]
+    return [gpu.uuid for gpu in list_gpus()]
+
+
+def _in_turn(bundles: Sequence[Path], num_workers: int) -> list[Path]:
+    return [bundles[index % len(bundles)] for index in range(max(num_workers, len(bundles)))]
 
 
 def count_workers(num_cores: int) -> int:
-    """Workers to start when TDM_WORKERS leaves it open: one per core, up to `MAX_CPU_WORKERS`.
+    """Workers for one kind of bundle when TDM_WORKERS leaves it open: one per core, up to `MAX_CPU_WORKERS`.
 
-    Bundles run on the CPU today, where several single-threaded workers draw more than one with several
-    threads.
+    On a CPU several single-threaded workers draw more than one with several threads.
     """
     return max(1, min(num_cores, MAX_CPU_WORKERS))
 
@@ -219,23 +324,19 @@ async def _redis(settings: Settings) -> AsyncIterator[str]:
 
 
 async def _keep_alive(valkey: EmbeddedValkey) -> None:
-    """Start the Valkey again when it died; its append-only file still has every accepted job.
+    """Start the Valkey again when it died, or when the `up` that ran it for us as well has ended.
 
-    `start` runs on this thread on purpose: the kernel ends the server with the thread that started it.
+    Its append-only file still has every accepted job. `start` runs on this thread on purpose: the kernel ends
+    the server with the thread that started it.
     """
     while True:
         await asyncio.sleep(VALKEY_CHECK_S)
-        if valkey.owned and _has_exited(valkey.pid):
-            say("valkey died; starting it again")
+        if valkey.lost:
+            say("valkey died; starting it again" if valkey.owned else "valkey does not answer; taking over")
             try:
                 valkey.start()
             except EmbeddedValkeyError as error:
                 say(f"valkey: {error}", file=sys.stderr)
-
-
-def _has_exited(pid: int | None) -> bool:
-    """Whether a child process has ended, without taking its exit status from who waits for it."""
-    return pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 async def announce(listener: socket.socket, *, num_workers: int) -> None:
@@ -301,9 +402,9 @@ def _on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
         )
 
 
-async def _kill_on(hurry: asyncio.Event, children: Sequence[Child]) -> None:
+async def _kill_on(hurry: asyncio.Event, children: Callable[[], Sequence[Child]]) -> None:
     await hurry.wait()
-    for child in children:
+    for child in children():
         child.send(signal.SIGKILL)
 
 

@@ -14,7 +14,18 @@ from datetime import UTC, datetime
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the HTTP request being answered by this task; `server.middleware` sets it."""
 
-_FIELDS = ("job_id", "model", "worker", "method", "route", "status", "duration_ms", "code")
+_FIELDS = (
+    "job_id",
+    "model",
+    "worker",
+    "method",
+    "route",
+    "status",
+    "duration_ms",
+    "code",
+    "start_s",
+    "cpu_s",
+)
 """What callers may pass in `extra=`; anything else stays out of the line."""
 
 

@@ -1,9 +1,9 @@
 """All Prometheus metrics of the api process and of workers, defined once; `Metrics` holds them for one
 process.
 
-Labels stay few and bounded: `class` is the queue class (the model's name), routes are templates. Never a job
-id, a tenant, a prompt or a raw path. Durations are in seconds, as Prometheus wants; methods take
-milliseconds, as we count.
+Labels stay few and bounded: `class` is the queue class (the model's name), `kind` what it draws (image or
+video), routes are templates. Never a job id, a tenant, a prompt or a raw path. Durations are in seconds, as
+Prometheus wants; methods take milliseconds, as we count.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Metrics:
         )
         self.result_waiters = gauge("result_waiters", "Requests that are waiting for their job.")
         self.jobs_rejected = counter(
-            "jobs_rejected_total", "Jobs refused before the queue.", "class", "reason"
+            "jobs_rejected_total", "Jobs refused before the queue.", "class", "kind", "reason"
         )
 
         # Queue, api process: read from Redis by one task
@@ -71,17 +71,27 @@ class Metrics:
         self.queue_inflight = gauge("queue_inflight", "Jobs that a worker holds.", "class")
         self.queue_oldest_age = gauge("queue_oldest_age_seconds", "Age of the oldest waiting job.", "class")
         self.workers_live = gauge("workers_live", "Workers with a fresh heartbeat.", "class")
+        self.version_workers = gauge(
+            "version_workers", "The same by version of the bundle.", "class", "version"
+        )
 
         # Jobs, whoever ends them
-        self.jobs = counter("jobs_total", "Jobs that reached a terminal state.", "class", "outcome")
+        self.jobs = counter("jobs_total", "Jobs that reached a terminal state.", "class", "kind", "outcome")
         self.job_e2e = histogram(
-            "job_e2e_seconds", "Accepted to terminal.", REQUEST_BUCKETS, "class", "priority", "outcome"
+            "job_e2e_seconds",
+            "Accepted to terminal.",
+            REQUEST_BUCKETS,
+            "class",
+            "kind",
+            "priority",
+            "outcome",
         )
         self.job_stage = histogram(
             "job_stage_seconds",
             "Time of one job in one stage: queue, batch_wait, encode, denoise, decode, pack, store.",
             STAGE_BUCKETS,
             "class",
+            "kind",
             "stage",
         )
         self.job_redeliveries = counter("job_redeliveries_total", "Jobs started again.", "class", "cause")
@@ -101,6 +111,9 @@ class Metrics:
         self.denoise_steps = counter("denoise_steps_total", "Denoiser rows computed.", "class")
         self.gpu_busy = counter("gpu_busy_seconds_total", "Time inside a batch, on whatever device.", "gpu")
         self.gpu_oom = counter("gpu_oom_total", "Batches that ran out of memory.", "gpu")
+        self.version_jobs = counter(
+            "version_jobs_total", "Jobs that a version of a bundle has ended.", "class", "version", "outcome"
+        )
         self.model_load = gauge("model_load_seconds", "Loading and warming up the bundle.", "class")
         self.engine_info = gauge(
             "engine_info", "1 for the bundle this worker runs.", "class", "engine", "version"
@@ -114,25 +127,31 @@ class Metrics:
     def observe_job_end(
         self,
         model: str,
+        kind: str,
         *,
         outcome: str,
         e2e_ms: float,
         timing_ms: Mapping[str, float] | None = None,
         priority: str = "normal",
+        version: str | None = None,
     ) -> None:
         """Count one job that reached a terminal state.
 
         Args:
             model: queue class.
+            kind: image or video.
             outcome: done, failed, cancelled, deadline or poison.
             e2e_ms: accepted to terminal.
             timing_ms: the job's stages, as `Job.timing` names them.
             priority: the job's priority class.
+            version: of the bundle that ended it, where one did.
         """
-        self.jobs.labels(model, outcome).inc()
-        self.job_e2e.labels(model, priority, outcome).observe(e2e_ms / 1000)
+        self.jobs.labels(model, kind, outcome).inc()
+        if version is not None:
+            self.version_jobs.labels(model, version, outcome).inc()
+        self.job_e2e.labels(model, kind, priority, outcome).observe(e2e_ms / 1000)
         for stage, spent_ms in (timing_ms or {}).items():
-            self.job_stage.labels(model, stage).observe(spent_ms / 1000)
+            self.job_stage.labels(model, kind, stage).observe(spent_ms / 1000)
 
     def observe_batch(
         self, model: str, *, size: int, capacity: int, num_steps: int, busy_ms: float, gpu: str
@@ -145,7 +164,7 @@ class Metrics:
             capacity: the compiled batch that it was padded to.
             num_steps: denoiser rows in it, padding not counted.
             busy_ms: encode, denoise and decode together.
-            gpu: device index, or `cpu`.
+            gpu: the device, `cuda:0` or `cpu`.
         """
         self.batch_size.labels(model).observe(size)
         self.batch_fill_ratio.labels(model).observe(size / capacity)

@@ -56,6 +56,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                if scope.get("state", {}).get("replayed"):
+                    headers["idempotent-replayed"] = "true"
                 headers.setdefault("x-content-type-options", "nosniff")
             await send(message)
 

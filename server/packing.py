@@ -1,4 +1,4 @@
-"""Packing: pixels to the bytes of a PNG, JPEG or WebP file that says where it comes from.
+"""Packing: pixels to the bytes of a PNG, JPEG, WebP or MP4 file that says where it comes from.
 
 Every file carries an XMP packet: the IPTC digital source type that marks machine-made pictures, and what
 draws the same picture again. One mechanism for all formats, read by the usual tools (`exiftool -xmp:all`).
@@ -18,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from server import mp4
+
 NAMESPACE = "urn:tdm-server:provenance"
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 PNG_XMP = "XML:com.adobe.xmp"
 DEFAULT_QUALITY = 90
+MP4 = "mp4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,20 +58,30 @@ def prompt_hash(prompt: str) -> str:
 
 
 def pack(
-    pixels: NDArray[np.uint8], output_format: str, provenance: Provenance, *, quality: int | None = None
+    pixels: NDArray[np.uint8],
+    output_format: str,
+    provenance: Provenance,
+    *,
+    quality: int | None = None,
+    fps: int | None = None,
 ) -> Packed:
     """Encode one sample.
 
     Args:
-        pixels: (F, H, W, 3) RGB; the formats here hold one frame.
-        output_format: a key of FORMATS.
+        pixels: (F, H, W, 3) RGB; image formats hold one frame.
+        output_format: `mp4`, or a key of FORMATS.
         provenance: goes into the file's XMP packet.
-        quality: 0 to 100 for jpeg and webp, 90 if None; png is lossless and ignores it.
+        quality: 0 to 100 for jpeg and webp, 90 if None; the others ignore it.
+        fps: frames per second of a video.
     Raises:
-        ValueError: unknown format, or not one frame of RGB.
+        ValueError: unknown format, a shape that it does not hold, or a video without `fps`.
     """
+    if output_format == MP4:
+        if not fps:
+            raise ValueError("a video needs its frames per second")
+        return Packed(mp4.encode(pixels, fps, _xmp(provenance)), mp4.CONTENT_TYPE, "mp4")
     if output_format not in FORMATS:
-        raise ValueError(f"output format {output_format!r}: allowed are {sorted(FORMATS)}")
+        raise ValueError(f"output format {output_format!r}: allowed are {sorted([*FORMATS, MP4])}")
     if pixels.ndim != 4 or pixels.shape[0] != 1 or pixels.shape[3] != 3:
         raise ValueError(f"pixels of shape {pixels.shape}: {output_format} holds (1, H, W, 3)")
     content_type, suffix, encode = FORMATS[output_format]
@@ -80,8 +93,11 @@ def pack(
 
 def read_provenance(data: bytes) -> Provenance | None:
     """What `pack` wrote into a file, or None if it was not made by us or has been stripped."""
-    with Image.open(io.BytesIO(data)) as image:
-        xmp = image.info.get("xmp") or image.info.get(PNG_XMP) or b""
+    if mp4.is_mp4(data):
+        xmp: str | bytes = mp4.read_xmp(data) or ""
+    else:
+        with Image.open(io.BytesIO(data)) as image:
+            xmp = image.info.get("xmp") or image.info.get(PNG_XMP) or b""
     text = xmp.decode(errors="replace") if isinstance(xmp, bytes) else str(xmp)
     found = dict(re.findall(r'tdm:(\w+)="([^"]*)"', text))
     if not found:
@@ -121,6 +137,7 @@ def _xmp(provenance: Provenance) -> str:
 PNG_LEVEL = 1
 
 Encoder = Callable[[Image.Image, io.BytesIO, str, int], None]
+# What holds one picture; videos have MP4.
 FORMATS: Mapping[str, tuple[str, str, Encoder]] = {
     "png": ("image/png", "png", _encode_png),
     "jpeg": ("image/jpeg", "jpg", _encode_jpeg),

@@ -1,8 +1,8 @@
 """Bodies of the HTTP API: what a request may hold and what a response holds.
 
-`POST /v1/images` is ours and strict. `POST /v1/images/generations` has OpenAI's fields, so that its client
-works unchanged; what that API has and this server cannot honour is refused by
-`GenerationsRequest.unsupported`, never silently dropped.
+`POST /v1/images` is ours and strict. `POST /v1/images/generations` and `POST /v1/videos` have OpenAI's
+fields, so that its client works unchanged; what that API has and this server cannot honour is refused by
+`unsupported`, never silently dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SIZE_PATTERN = r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 OutputFormat = Literal["png", "jpeg", "webp"]
 ResponseFormat = Literal["url", "b64_json"]
-Status = Literal["queued", "in_progress", "completed", "failed"]
+Status = Literal["queued", "in_progress", "completed", "failed", "expired"]
 
 
 class Body(BaseModel):
@@ -36,12 +36,11 @@ class Body(BaseModel):
         )
 
 
-class DrawingRequest(Body):
-    """What both routes that draw images share."""
+class SampleRequest(Body):
+    """What every route that makes something shares."""
 
     prompt: Prompt = Field(description="What to draw.", examples=["a red sphere on the left"])
     model: str | None = Field(default=None, description="One of GET /v1/models; the first one if absent.")
-    n: int = Field(default=1, ge=1, le=MAX_IMAGES, description="Images to draw; image i has seed + i.")
     size: str = Field(
         default="auto", pattern=SIZE_PATTERN, description="WIDTHxHEIGHT, or auto for the model's own size."
     )
@@ -49,11 +48,17 @@ class DrawingRequest(Body):
         default=None,
         ge=0,
         le=MAX_SEED,
-        description="The same seed draws the same image. Random if absent, and reported.",
+        description="The same seed draws the same again. Random if absent, and reported.",
     )
     steps: int | None = Field(
         default=None, ge=1, le=64, description="Denoising steps; the model's default if absent."
     )
+
+
+class DrawingRequest(SampleRequest):
+    """What both routes that draw images share."""
+
+    n: int = Field(default=1, ge=1, le=MAX_IMAGES, description="Images to draw; image i has seed + i.")
     output_format: OutputFormat = "png"
     output_compression: int | None = Field(
         default=None, ge=0, le=100, description="Quality of jpeg and webp, 0 to 100."
@@ -96,6 +101,30 @@ class GenerationsRequest(DrawingRequest):
         return None
 
 
+class VideoRequest(SampleRequest):
+    """`POST /v1/videos`, as JSON or as a form; OpenAI's fields, and ours after them."""
+
+    seconds: float | None = Field(
+        default=None,
+        strict=False,  # OpenAI's client sends a string
+        gt=0,
+        le=3600,
+        description="Length, one of the model's; its first if absent. The time from the first frame to the "
+        "last, or that plus the last frame's own: 49 frames at 8 a second are 6 or 6.125.",
+    )
+    input_reference: Any = Field(default=None, description="Not supported: videos are made from text alone.")
+    frames: int | None = Field(default=None, ge=1, le=10_000, description="Length in frames, exactly.")
+    fps: int | None = Field(
+        default=None, ge=1, le=240, description="Frames per second; only the model's own is allowed."
+    )
+
+    def unsupported(self) -> tuple[str, str] | None:
+        """As `GenerationsRequest.unsupported`."""
+        if self.input_reference is not None:
+            return "input_reference", "input_reference is not supported; videos are made from text alone"
+        return None
+
+
 class ImageData(BaseModel):
     """One finished image."""
 
@@ -130,6 +159,9 @@ class JobErrorView(BaseModel):
     message: str
 
 
+VERSION_HELP = "Content hash of the bundle that draws it, or drew it; null until it has been started."
+
+
 class ImageJob(BaseModel):
     """A job: the answer to `POST /v1/images` and `GET /v1/images/{id}`, finished or not."""
 
@@ -137,9 +169,12 @@ class ImageJob(BaseModel):
     object: Literal["image"] = "image"
     status: Status
     model: str
+    version: str | None = Field(default=None, description=VERSION_HELP)
     created: int = Field(description="Unix time in seconds, like every time here.")
     completed_at: int | None = None
-    expires_at: int | None = Field(default=None, description="When the job and its images are deleted.")
+    expires_at: int | None = Field(
+        default=None, description="From then on the status is `expired` and the images are gone."
+    )
     progress: int = Field(ge=0, le=100)
     queue_position: int | None = Field(default=None, description="Jobs ahead of it, at most; while queued.")
     eta_s: float | None = Field(
@@ -156,6 +191,60 @@ class ImageJob(BaseModel):
         default_factory=dict, description="queue, batch, encode, denoise, decode, pack, store, total."
     )
     error: JobErrorView | None = None
+
+
+class VideoJob(BaseModel):
+    """A video: OpenAI's fields down to `remixed_from_video_id`, then ours."""
+
+    id: str
+    object: Literal["video"] = "video"
+    created_at: int = Field(description="Unix time in seconds, like every time here.")
+    status: Status = Field(description="A cancelled video is `failed` with error code `cancelled`.")
+    model: str
+    version: str | None = Field(default=None, description=VERSION_HELP)
+    progress: int = Field(
+        ge=0, le=100, description="Percent of the denoising steps; decoding and packing come after them."
+    )
+    seconds: str = Field(description="From the first frame to the last.")
+    size: str
+    prompt: str
+    completed_at: int | None = None
+    expires_at: int | None = Field(
+        default=None, description="From then on the status is `expired` and the video is gone."
+    )
+    error: JobErrorView | None = None
+    remixed_from_video_id: None = None
+    url: str | None = Field(default=None, description="Of the MP4 file, once completed.")
+    size_bytes: int | None = None
+    frames: int
+    fps: int
+    seed: int
+    steps: int
+    queue_position: int | None = Field(default=None, description="Jobs ahead of it, at most; while queued.")
+    eta_s: float | None = Field(
+        default=None, description="Seconds until it is finished, predicted; null if unknown."
+    )
+    timing_ms: dict[str, float] = Field(
+        default_factory=dict, description="queue, batch, encode, denoise, decode, pack, store, total."
+    )
+
+
+class VideoList(BaseModel):
+    """`GET /v1/videos`."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoJob]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    """`DELETE /v1/videos/{id}`."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
 
 
 class InputTokenDetails(BaseModel):
@@ -186,6 +275,7 @@ class GenerationsResponse(BaseModel):
     usage: Usage = Usage()
     id: str
     model: str
+    version: str | None = Field(default=None, description=VERSION_HELP)
     seed: int
     steps: int
     timing_ms: dict[str, float]
@@ -200,7 +290,13 @@ class ModelView(BaseModel):
     owned_by: str = "tdm-server"
     kind: Literal["image", "video"]
     version: str = Field(description="Content hash of the bundle.")
+    gate: str = Field(
+        description="What the quality gate said of it: `passed`, `failed, forced` or `never gated, forced`."
+    )
     sizes: list[str]
+    seconds: list[str] = Field(description="Lengths of its videos; empty for images.")
+    frames: list[int] = Field(description="The same in frames.")
+    fps: int | None = Field(description="Frames per second of its videos; null for images.")
     steps: list[int]
     default_steps: int
     max_prompt_chars: int

@@ -15,9 +15,13 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-Backend = Literal["auto", "eager", "aotinductor"]
+from server.queue.address import parse_redis_url
+
+Backend = Literal["auto", "eager", "aotinductor", "tensorrt"]
 
 ENV_PREFIX = "TDM_"
+# How long a job is known after its pictures have expired: longer than their bytes can take to go.
+EXPIRED_RECORD_S = 3600
 
 
 class Settings(BaseSettings):
@@ -34,17 +38,24 @@ class Settings(BaseSettings):
     metrics_port: int = Field(default=9100, ge=0, le=65_000)
     """Prometheus port of the api process; worker i listens on `metrics_port + 1 + i`. 0 turns metrics off."""
     redis_url: str = ""
-    """`redis://`, `rediss://` or `unix://`; empty lets `up` start its own Valkey under `data_dir`."""
+    """`redis://`, `rediss://`, `unix://`, `redis+sentinel://`, `rediss+sentinel://` (deploy/README.md); empty
+    lets `up` start its own Valkey under `data_dir`."""
+    redis_wait_s: float = Field(default=30.0, ge=0, le=3600)
+    """How long a starting process waits for a Redis that does not answer before it ends with status 1."""
     data_dir: Path = Path("data")
     """Where the embedded Valkey, built bundles and results live."""
     bundles: str = ""
     """Bundle directories, or directories of bundles, separated by commas; empty serves the demo student."""
+    bundle_key_file: Path | None = None
+    """File with the key that bundles must be signed with (`python -m engines sign`); empty takes any bundle.
+    Those of the demo students are built and signed with it."""
     workers: int = Field(default=0, ge=0, le=256)
-    """Worker processes; 0 means one per CPU core, at most four."""
+    """Worker processes; 0 or `auto`: for bundles built for a GPU one per GPU, for others one per CPU core, at
+    most four; beside images, one more for each bundle for videos."""
     worker_threads: int = Field(default=1, ge=1, le=256)
     """CPU threads inside one worker. Several single-threaded workers beat one with several threads."""
     backend: Backend = "auto"
-    """How workers run the bundle; `auto` takes compiled code where it fits the machine, else eager."""
+    """How workers run the bundle; `auto` takes the first compiled code that fits the machine, else eager."""
     max_queue: int = Field(default=256, ge=1)
     """Jobs that may wait per model; one more is refused with 429 `queue_full`."""
     max_prompt_chars: int = Field(default=2000, ge=1, le=20_000)
@@ -52,24 +63,45 @@ class Settings(BaseSettings):
     max_wait_s: float = Field(default=30.0, ge=0, le=600)
     """How long `POST /v1/images` waits for its pictures before it answers 202 with the job."""
     job_deadline_s: float = Field(default=120.0, gt=0)
-    """A job that has not started by then fails with `deadline`; it never reaches a worker."""
+    """An image job that has not started by then fails with `deadline`; it never reaches a worker."""
+    video_deadline_s: float = Field(default=1800.0, gt=0)
+    """The same for a video job. One that runs is stopped at its next step."""
+    swap_timeout_s: float = Field(default=900.0, gt=0)
+    """A new version of a bundle whose workers are not ready by then is given up (`bundle swap`)."""
     lease_s: float = Field(default=20.0, gt=0)
     """A worker silent for this long loses its jobs to another one."""
     result_ttl_s: int = Field(default=86_400, ge=1)
-    """How long finished jobs and their pictures are kept."""
+    """How long finished pictures are kept; their jobs then say `expired` for an hour, and are forgotten."""
     store_url: str = ""
     """fsspec URL for results (`file://`, `s3://`, ...); empty means `data_dir/results`."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    cuda_visible_devices: str | None = Field(default=None, validation_alias="CUDA_VISIBLE_DEVICES")
+    """CUDA's own variable, without our prefix: the GPUs that workers may have; unset: all."""
 
     listen_fd: int | None = None
     """Set by the supervisor: the listening socket that the api process inherits."""
     worker_index: int = Field(default=0, ge=0)
     """Set by the supervisor: which worker of this machine this is."""
+    worker_expires: bool | None = None
+    """Set by the supervisor: whether this worker removes old results; by default worker 0 does."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _auto_is_open(cls, value: object) -> object:
+        return 0 if value == "auto" else value
 
     @field_validator("bundles")
     @classmethod
     def _no_blank_entries(cls, value: str) -> str:
         return ",".join(part.strip() for part in value.split(",") if part.strip())
+
+    @field_validator("redis_url")
+    @classmethod
+    def _url_that_we_serve(cls, value: str) -> str:
+        if value:
+            parse_redis_url(value)
+        return value
 
     @property
     def bundle_paths(self) -> list[Path]:
@@ -80,6 +112,15 @@ class Settings(BaseSettings):
     def results_url(self) -> str:
         """`store_url`, or the directory under `data_dir` that it defaults to."""
         return self.store_url or (self.data_dir.resolve() / "results").as_uri()
+
+    @property
+    def record_ttl_s(self) -> int:
+        """How long a finished job is known: its result's time, and while it is `expired`."""
+        return self.result_ttl_s + EXPIRED_RECORD_S
+
+    def deadline_s(self, kind: str) -> float:
+        """How long a job of this kind has, from accepted to finished."""
+        return self.video_deadline_s if kind == "video" else self.job_deadline_s
 
     def for_worker(self) -> WorkerSettings:
         """The share of one worker process.
@@ -92,9 +133,10 @@ class Settings(BaseSettings):
         if not self.redis_url:
             raise ValueError("TDM_REDIS_URL is empty; only `python -m server up` starts a Valkey of its own")
         return WorkerSettings(
-            index=self.worker_index,
+            expires=self.worker_index == 0 if self.worker_expires is None else self.worker_expires,
             redis_url=self.redis_url,
             bundle=self.bundle_paths[0],
+            bundle_key_file=self.bundle_key_file,
             backend=self.backend,
             num_threads=self.worker_threads,
             store_url=self.results_url,
@@ -110,7 +152,8 @@ class Settings(BaseSettings):
 class WorkerSettings:
     """What one worker process needs to know; everything is resolved."""
 
-    index: int
+    expires: bool
+    """Remove old results."""
     redis_url: str
     bundle: Path
     backend: Backend
@@ -122,12 +165,14 @@ class WorkerSettings:
     metrics_port: int
     """Prometheus port of this worker; 0 means none."""
     log_level: str
+    bundle_key_file: Path | None = None
 
 
 def explain(error: ValidationError) -> list[str]:
     """One line per wrong variable, without values that could be secrets."""
     return [
-        f"{ENV_PREFIX}{'.'.join(str(part) for part in item['loc']).upper()}: {item['msg']}"
+        f"{ENV_PREFIX}{'.'.join(str(part) for part in item['loc']).upper()}: "
+        + item["msg"].removeprefix("Value error, ")  # pydantic's, before the words of our own validators
         for item in error.errors(include_input=False, include_url=False)
     ]
 

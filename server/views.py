@@ -13,7 +13,7 @@ from server.errors import (
     StoreUnavailableError,
 )
 from server.job import Job, JobStatus, OutputRef
-from server.schemas import GenerationsResponse, ImageData, ImageJob, JobErrorView, Status
+from server.schemas import GenerationsResponse, ImageData, ImageJob, JobErrorView, Status, VideoJob
 
 STATUS: dict[JobStatus, Status] = {
     JobStatus.QUEUED: "queued",
@@ -50,6 +50,11 @@ def size_of(request: Mapping[str, int]) -> str:
     return f"{request['width']}x{request['height']}"
 
 
+def seconds_of(frames: int, fps: int) -> str:
+    """From the first frame to the last, as OpenAI's API writes it."""
+    return f"{(frames - 1) / fps:g}"
+
+
 def timing_of(job: Job) -> dict[str, float]:
     """Milliseconds per stage, and from accepted to finished as `total`."""
     timing = {name: round(job.timing[key], 3) for name, key in STAGES.items() if key in job.timing}
@@ -71,23 +76,26 @@ def image_job(
     images_b64: list[str] | None = None,
     eta_ms: float | None = None,
     queue_position: int | None = None,
+    expired: bool = False,
 ) -> ImageJob:
     """A job as `GET /v1/images/{id}` shows it.
 
     Args:
         job: finished or not.
         content_url: makes the URL of one image.
-        result_ttl_s: how long a finished job is kept.
+        result_ttl_s: how long its images are kept.
         images_b64: the images' bytes in base64, where the client wants them in the body.
         eta_ms: predicted time until it is finished.
         queue_position: jobs ahead of it.
+        expired: it was completed, and its images are gone.
     """
     request = job.request
     waiting = job.status is JobStatus.QUEUED
     return ImageJob(
         id=job.id,
-        status=STATUS[job.status],
+        status="expired" if expired else STATUS[job.status],
         model=job.model,
+        version=job.version,
         created=job.created_ms // 1000,
         completed_at=None if job.finished_ms is None else job.finished_ms // 1000,
         expires_at=None if job.finished_ms is None else job.finished_ms // 1000 + result_ttl_s,
@@ -100,9 +108,49 @@ def image_job(
         seed=request["seed"],
         steps=request["num_steps"],
         output_format=request["output_format"],
-        data=image_data(job, content_url, images_b64),
+        data=[] if expired else image_data(job, content_url, images_b64),
         timing_ms=timing_of(job),
         error=_error_view(job),
+    )
+
+
+def video_job(
+    job: Job,
+    *,
+    url: str,
+    result_ttl_s: int,
+    eta_ms: float | None = None,
+    queue_position: int | None = None,
+    expired: bool = False,
+) -> VideoJob:
+    """A job as `GET /v1/videos/{id}` shows it; arguments as of `image_job`, and the URL of its file."""
+    request = job.request
+    done = job.status is JobStatus.DONE and not expired
+    over_ms = job.deleted_ms if job.status is JobStatus.DONE else None
+    if over_ms is None and job.finished_ms is not None:
+        over_ms = job.finished_ms + result_ttl_s * 1000
+    return VideoJob(
+        id=job.id,
+        created_at=job.created_ms // 1000,
+        status="expired" if expired else STATUS[job.status],
+        model=job.model,
+        version=job.version,
+        progress=100 if job.status is JobStatus.DONE else job.progress,
+        seconds=seconds_of(request["frames"], request["fps"]),
+        size=size_of(request),
+        prompt=request["prompt"],
+        completed_at=None if job.finished_ms is None else job.finished_ms // 1000,
+        expires_at=None if over_ms is None else over_ms // 1000,
+        error=_error_view(job),
+        url=url if done else None,
+        size_bytes=job.outputs[0].size_bytes if done else None,
+        frames=request["frames"],
+        fps=request["fps"],
+        seed=request["seed"],
+        steps=request["num_steps"],
+        queue_position=queue_position if job.status is JobStatus.QUEUED else None,
+        eta_s=None if job.finished or eta_ms is None else round(eta_ms / 1000, 3),
+        timing_ms=timing_of(job),
     )
 
 
@@ -117,6 +165,7 @@ def generations_response(
         size=size_of(job.request),
         id=job.id,
         model=job.model,
+        version=job.version,
         seed=job.request["seed"],
         steps=job.request["num_steps"],
         timing_ms=timing_of(job),
@@ -140,7 +189,7 @@ def image_data(job: Job, content_url: ContentUrl, images_b64: list[str] | None) 
 
 
 def failure_of(job: Job) -> ApiError:
-    """What a client that waits for the job is told when the job ended without a picture."""
+    """What a client that asks for the result is told when the job ended without one."""
     if job.status is JobStatus.CANCELLED:
         return JobCancelledError(f"job {job.id} was cancelled")
     code, message = (

@@ -53,16 +53,23 @@ async def cancel_if_queued(services: Services, job_id: str) -> None:
 
 
 async def cancel(services: Services, job: Job) -> Job | None:
-    """Cancel a job, and count it if it had not started: those that run are counted by their worker."""
+    """Cancel a job, and count it if it had not started."""
     now = await services.queue.cancel(job.id)
-    if now is not None and job.status is JobStatus.QUEUED and now.status is JobStatus.CANCELLED:
-        services.metrics.observe_job_end(
-            job.model,
-            outcome="cancelled",
-            e2e_ms=services.now_ms() - job.created_ms,
-            priority=job.priority,
-        )
+    if now is not None:
+        count_cancelled(services, job, now)
     return now
+
+
+def count_cancelled(services: Services, before: Job, now: Job) -> None:
+    """Count a job that was cancelled in the queue: those that run are counted by their worker."""
+    if before.status is JobStatus.QUEUED and now.status is JobStatus.CANCELLED:
+        services.metrics.observe_job_end(
+            now.model,
+            now.kind,
+            outcome="cancelled",
+            e2e_ms=services.now_ms() - now.created_ms,
+            priority=now.priority,
+        )
 
 
 async def _disconnected(request: Request) -> None:

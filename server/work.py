@@ -24,6 +24,7 @@ class SampleSpec:
     num_steps: int
     output_format: str
     quality: int | None
+    fps: int | None
 
     @classmethod
     def of(cls, job: Job) -> SampleSpec:
@@ -33,7 +34,7 @@ class SampleSpec:
             KeyError, TypeError, ValueError: something is missing or is no number.
         """
         request = job.request
-        quality = request.get("output_compression")
+        quality, fps = request.get("output_compression"), request.get("fps")
         return cls(
             prompt=str(request["prompt"]),
             num_samples=max(1, int(request["n"])),
@@ -42,6 +43,7 @@ class SampleSpec:
             num_steps=int(request["num_steps"]),
             output_format=str(request["output_format"]),
             quality=None if quality is None else int(quality),
+            fps=None if fps is None else int(fps),
         )
 
 

@@ -14,13 +14,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from engines.bucket import Bucket, pick_batch
-from engines.bundle import Manifest
+from engines.bundle import Manifest, read_manifest
 from engines.errors import EngineError
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
+from engines.signature import read_key
 from server.batching import CostModel
 from server.expiry import Expiry
 from server.finisher import Finisher
@@ -32,6 +34,7 @@ from server.queue.connection import system_now_ms
 from server.queue.errors import QueueError
 from server.queue.leases import Lease, Verdict, WorkerQueue
 from server.queue.records import WorkerInfo
+from server.queue.routes import Routes
 from server.settings import WorkerSettings
 from server.store import ResultStore
 from server.work import Drawing, Work
@@ -44,7 +47,8 @@ EXIT_UNUSABLE = 2
 # An engine that takes this many times its measured time for one batch, and a minute at least, counts as hung.
 STALL_FACTOR = 20
 MIN_STALL_S = 60.0
-DEVICE = "cpu"
+# Finished jobs whose pixels wait in memory for packing; a 49-frame video of 720 x 480 is 51 MB.
+MAX_PENDING = {"image": 64, "video": 4}
 CANCELLED = JobError(code="cancelled", message="cancelled on request")
 TOO_LATE = JobError(code="deadline", message="the deadline passed while the job was running")
 
@@ -74,6 +78,7 @@ class Worker:
         self._metrics = metrics
         self._clock = clock
         self._model = pipeline.manifest.name
+        self._device = str(pipeline.device)
 
     def run(self) -> None:
         """Draw batches until the inbox says to stop.
@@ -81,7 +86,11 @@ class Worker:
         Raises:
             EngineLostError: the process must end; its leases lapse and other workers take them.
         """
+        is_first = True
         while (batch := self._inbox.next_batch()) is not None:
+            if is_first:
+                log_start("first job", self._model, {"first_job": process_ages_s()})
+            is_first = False
             self._draw(batch)
 
     def _draw(self, batch: Sequence[Drawing]) -> None:
@@ -96,7 +105,7 @@ class Worker:
                 raise EngineLostError(str(error)) from error
             log.exception("a batch of %d failed", len(batch), extra={"model": self._model})
             if _out_of_memory(error):
-                self._metrics.gpu_oom.labels(DEVICE).inc()
+                self._metrics.gpu_oom.labels(self._device).inc()
                 self._inbox.limit(batch[0].work.spec.bucket, len(batch) // 2)
             if len(batch) == 1:
                 self._finisher.fail(batch[0].work, _job_error(error))
@@ -149,11 +158,19 @@ class Worker:
             capacity=pick_batch(len(batch), self._pipeline.manifest.batch_sizes),
             num_steps=sum(run.step_index),
             busy_ms=busy_ms,
-            gpu=DEVICE,
+            gpu=self._device,
         )
 
 
-def run_worker(settings: WorkerSettings) -> int:
+def load_pipeline(settings: WorkerSettings, kind: type[Pipeline] = Pipeline) -> Pipeline:
+    """The bundle that the settings name, in memory."""
+    key = None if settings.bundle_key_file is None else read_key(settings.bundle_key_file)
+    return kind.load(settings.bundle, backend=settings.backend, num_threads=settings.num_threads, key=key)
+
+
+def run_worker(
+    settings: WorkerSettings, *, load: Callable[[WorkerSettings], Pipeline] = load_pipeline
+) -> int:
     """Serve one bundle until SIGTERM or SIGINT. Call it from the main thread of a process of its own.
 
     Returns:
@@ -163,15 +180,31 @@ def run_worker(settings: WorkerSettings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     metrics = Metrics()
+    ages_s = {"imports": process_ages_s()}
     started = time.perf_counter()
     try:
-        pipeline = Pipeline.load(settings.bundle, backend=settings.backend, num_threads=settings.num_threads)
+        pipeline = load(settings)
     except EngineError as error:
         log.critical("%s", error, extra={"code": error.code})
+        _tell_why(settings, str(error))
         return EXIT_UNUSABLE
     for warning in pipeline.warnings:
         log.warning("%s", warning)
+    if pipeline.memory is not None:
+        log.info("GPU memory\n%s", pipeline.memory.as_text())
+    ages_s["load"] = process_ages_s()
     pipeline.warm_up()
+    ages_s["warm_up"] = process_ages_s()
+    log_start("loaded", pipeline.manifest.name, ages_s)
+    for decision in pipeline.graphs:
+        log.info(
+            "CUDA graph of %s at batch %d %s: %s",
+            decision.stage,
+            decision.batch,
+            "used" if decision.used else "not used",
+            decision.reason,
+            extra={"plain_ms": decision.plain_ms, "graph_ms": decision.graph_ms},
+        )
     manifest = pipeline.manifest
     metrics.model_load.labels(manifest.name).set(time.perf_counter() - started)
     metrics.engine_info.labels(manifest.name, pipeline.backend, manifest.version).set(1)
@@ -191,7 +224,9 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
     """
     manifest, clock = pipeline.manifest, system_now_ms
     info = _worker_info(pipeline)
-    queue = WorkerQueue(settings.redis_url, model=manifest.name, consumer=info.id, clock=clock)
+    queue = WorkerQueue(
+        settings.redis_url, model=manifest.name, version=manifest.version, consumer=info.id, clock=clock
+    )
     cost_ms = _cost_model(manifest, pipeline.backend)
     heartbeat = Heartbeat(
         queue,
@@ -202,6 +237,17 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         stall_s=_stall_s(manifest, cost_ms),
         on_stall=lambda: os._exit(EXIT_ENGINE_LOST),  # a hung device call never returns to an orderly end
     )
+    store = ResultStore(settings.store_url)
+    finisher = Finisher(
+        queue,
+        store,
+        heartbeat,
+        metrics,
+        version=manifest.version,
+        store_patience_s=settings.lease_s,
+        max_pending=MAX_PENDING[manifest.kind],
+        clock=clock,
+    )
     inbox = Inbox(
         queue,
         heartbeat,
@@ -210,10 +256,9 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         cost_ms=cost_ms,
         lease_s=settings.lease_s,
         stopping=stopping,
+        settle=finisher.settle,
         clock=clock,
     )
-    store = ResultStore(settings.store_url)
-    finisher = Finisher(queue, store, heartbeat, metrics, version=manifest.version, clock=clock)
     worker = Worker(pipeline, inbox, finisher, heartbeat, metrics, clock=clock)
     status = EXIT_OK
     try:
@@ -225,7 +270,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
             ends.callback(heartbeat.close)
             ends.callback(finisher.close)
             ends.callback(inbox.close)
-            if settings.index == 0:
+            if settings.expires:
                 expiry = Expiry(store, settings.result_ttl_s)
                 expiry.start()
                 ends.callback(expiry.close)
@@ -238,6 +283,34 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
     except QueueError as error:
         log.warning("ended while Redis was away; leases lapse by themselves: %s", error)
     return status
+
+
+def _tell_why(settings: WorkerSettings, message: str) -> None:
+    """Leave word for whoever waits for this worker, as far as the bundle can be named at all."""
+    with suppress(EngineError, QueueError):
+        manifest = read_manifest(settings.bundle)
+        routes = Routes(settings.redis_url)
+        routes.tell_failure(manifest.name, manifest.version, message)
+        routes.close()
+
+
+def process_ages_s() -> tuple[float, float] | None:
+    """Seconds since this process was started, and of CPU time since; None where the kernel does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except OSError:
+        return None
+    ticks = int(fields[19])  # the 22nd field, `starttime`: proc(5)
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return round(age_s, 2), round(time.process_time(), 2)
+
+
+def log_start(message: str, model: str, ages_s: Mapping[str, tuple[float, float] | None]) -> None:
+    """Log how old the process was at the end of each phase of its start, where that is known."""
+    known = {phase: ages for phase, ages in ages_s.items() if ages is not None}
+    start_s = {phase: age_s for phase, (age_s, _) in known.items()}
+    cpu_s = {phase: spent_s for phase, (_, spent_s) in known.items()}
+    log.info(message, extra={"model": model, "start_s": start_s, "cpu_s": cpu_s})
 
 
 def _announce(heartbeat: Heartbeat, stopping: threading.Event) -> bool:
@@ -266,6 +339,8 @@ def _worker_info(pipeline: Pipeline) -> WorkerInfo:
         host=host,
         started_ms=system_now_ms(),
         warnings=tuple(pipeline.warnings),
+        buckets=tuple(bucket.label for bucket in manifest.buckets),
+        num_steps=tuple(manifest.num_steps),
     )
 
 

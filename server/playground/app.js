@@ -24,11 +24,12 @@ const ICONS = {
 const $ = (id) => document.getElementById(id);
 
 const state = {
-  model: null,
+  models: [],
+  model: null, // the chosen one
   examples: FALLBACK_EXAMPLES,
-  history: [], // newest first: {job, elapsedMs}
+  history: [], // newest first: {job, elapsedMs}; of a video, `data` holds its one file
   shown: -1,
-  run: null, // the request in progress: {controller, jobId}
+  run: null, // the request in progress: {controller, path, jobId}
 };
 
 /* Small helpers */
@@ -78,16 +79,25 @@ async function api(path, options = {}) {
 
 /* What is served */
 
-async function loadModel() {
+// Those that a worker serves, or has served since the page was opened; images first.
+async function loadModels(live) {
   const { data } = await api("/v1/models");
-  const model = data.find((candidate) => candidate.kind === "image");
-  if (!model) return;
-  const changed = state.model?.id !== model.id || state.model?.version !== model.version;
+  const shown = [...live, ...state.models.map((model) => model.id)];
+  state.models = data.filter((model) => shown.includes(model.id)).toSorted((a, b) => a.kind.localeCompare(b.kind));
+  const ids = state.models.map((model) => model.id);
+  if (!ids.length) return;
+  useModel(state.models.find((model) => model.id === state.model?.id) ?? state.models[0]);
+  segmented($("model"), "model", ids, state.model.id);
+  $("model").hidden = ids.length < 2;
+}
+
+function useModel(model) {
   state.model = model;
-  if (!changed) return;
-  if (model.examples.length) state.examples = model.examples;
-  const defaultSteps = model.default_steps;
-  segmented($("steps"), "steps", model.steps.toSorted((a, b) => b - a), defaultSteps);
+  state.examples = model.examples.length ? model.examples : FALLBACK_EXAMPLES;
+  segmented($("steps"), "steps", model.steps.toSorted((a, b) => b - a), model.default_steps);
+  $("count").hidden = model.kind === "video";
+  $("length").hidden = model.kind !== "video";
+  if (model.kind === "video") segmented($("length"), "length", model.seconds, model.seconds[0]);
   showChips();
 }
 
@@ -95,8 +105,9 @@ async function watchStatus() {
   try {
     const response = await fetch("/readyz");
     const readiness = await response.json();
-    if (!state.model) await loadModel();
     const served = Object.entries(readiness.models);
+    const live = served.filter(([, model]) => model.workers).map(([name]) => name);
+    if (live.some((name) => !state.models.some((model) => model.id === name))) await loadModels(live);
     const workers = served.reduce((sum, [, model]) => sum + model.workers, 0);
     const names = served.map(([name]) => name).join(", ");
     if (readiness.status === "ready") {
@@ -127,7 +138,7 @@ function segmented(fieldset, name, values, chosen) {
   fieldset.append(options);
 }
 
-const chosen = (name) => Number(document.querySelector(`input[name="${name}"]:checked`).value);
+const chosen = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
 
 function showChips(first = 0) {
   const shownAtOnce = 4;
@@ -153,24 +164,28 @@ async function draw() {
   if (!$("form").reportValidity()) return;
   await cancel();
 
-  const run = { controller: new AbortController(), jobId: null };
+  const video = state.model?.kind === "video";
+  const run = { controller: new AbortController(), path: video ? "/v1/videos" : "/v1/images", jobId: null };
   state.run = run;
   busy();
   const seed = $("seed").value.trim();
   const started = performance.now();
   try {
-    const asked = { prompt, n: chosen("count"), steps: chosen("steps"), model: state.model?.id, wait_s: WAIT_S };
+    const asked = { prompt, steps: Number(chosen("steps")), model: state.model?.id };
+    Object.assign(asked, video ? { seconds: chosen("length") } : { n: Number(chosen("count")), wait_s: WAIT_S });
     if (seed) asked.seed = Number(seed);
-    let job = await api("/v1/images", { method: "POST", body: JSON.stringify(asked), signal: run.controller.signal });
+    let job = await api(run.path, { method: "POST", body: JSON.stringify(asked), signal: run.controller.signal });
     run.jobId = job.id;
     while (job.status === "queued" || job.status === "in_progress") {
       showProgress(job);
       await wait(POLL_MS, run.controller.signal);
-      job = await api(`/v1/images/${job.id}`, { signal: run.controller.signal });
+      job = await api(`${run.path}/${job.id}`, { signal: run.controller.signal });
     }
     if (job.status === "failed") throw new ApiError(500, job.error);
+    if (job.status === "expired") throw new ApiError(410, { code: "result_expired", message: "the result is no longer kept" });
     const elapsedMs = performance.now() - started;
-    await Promise.all(job.data.map((image) => preload(image.url)));
+    if (video) Object.assign(job, { data: [{ url: job.url, seed: job.seed }], output_format: "mp4" });
+    await Promise.all(job.data.map(({ url }) => (video ? preloadVideo(url) : preload(url))));
     if (state.run === run) remember({ job, elapsedMs });
   } catch (error) {
     if (state.run === run && error.name !== "AbortError") showError(error);
@@ -184,7 +199,7 @@ async function cancel() {
   if (!run) return;
   state.run = null;
   run.controller.abort();
-  if (run.jobId) await api(`/v1/images/${run.jobId}`, { method: "DELETE" }).catch(() => {});
+  if (run.jobId) await api(`${run.path}/${run.jobId}`, { method: "DELETE" }).catch(() => {});
 }
 
 async function preload(url) {
@@ -192,6 +207,15 @@ async function preload(url) {
   image.src = local(url);
   await image.decode().catch(() => {
     throw new ApiError(0, { code: "image_unreadable", message: "the picture could not be loaded" });
+  });
+}
+
+function preloadVideo(url) {
+  return new Promise((resolve, reject) => {
+    const message = "the video could not be played; does this browser have H.264?";
+    const video = make("video", { muted: true, preload: "auto", onloadeddata: resolve });
+    video.onerror = () => reject(new ApiError(0, { code: "video_unreadable", message }));
+    video.src = local(url);
   });
 }
 
@@ -255,7 +279,7 @@ function show(index) {
   $("stage").dataset.count = job.data.length;
   const pictures = $("pictures");
   pictures.style.setProperty("--columns", Math.ceil(Math.sqrt(job.data.length)));
-  pictures.replaceChildren(...job.data.map((image, i) => picture(job, image, i)));
+  pictures.replaceChildren(...(job.object === "video" ? [film(job)] : job.data.map((image, i) => picture(job, image, i))));
   showFacts(job, elapsedMs);
   showHistory();
 }
@@ -273,6 +297,14 @@ function picture(job, image, i) {
     remember({ job: alone, elapsedMs: state.history[state.shown].elapsedMs });
   };
   return make("button", { type: "button", className: "picture", onclick: open }, ...inner);
+}
+
+function film(job) {
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const properties = { controls: true, loop: true, muted: true, playsInline: true, autoplay: !still };
+  const video = make("video", { ...properties, src: local(job.url), title: `seed ${job.seed}` });
+  video.setAttribute("aria-label", job.prompt);
+  return make("div", { className: "picture" }, video);
 }
 
 // Browsers enlarge small pictures with visible steps. A canvas over the picture holds a smoother enlargement: the
@@ -330,7 +362,8 @@ function showHistory() {
   $("history-section").hidden = state.history.length < 2;
   const thumbs = state.history.map(({ job }, index) => {
     const thumb = make("button", { type: "button", className: "thumb", title: job.prompt, onclick: () => show(index) });
-    thumb.append(make("img", { src: local(job.data[0].url), alt: job.prompt }));
+    const src = local(job.data[0].url);
+    thumb.append(job.object === "video" ? make("video", { src, muted: true, preload: "metadata" }) : make("img", { src, alt: job.prompt }));
     thumb.setAttribute("role", "listitem");
     if (index === state.shown) thumb.setAttribute("aria-current", "true");
     return thumb;
@@ -365,8 +398,8 @@ function onKey(event) {
   } else if (event.target === $("prompt") && event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     draw();
-  } else if (typing) {
-    return;
+  } else if (typing || event.target.matches("video")) {
+    return; // a video has keys of its own
   } else if (event.key === "/") {
     event.preventDefault();
     $("prompt").select();
@@ -387,6 +420,7 @@ function start() {
   $("theme").append(icon(ICONS.theme));
   segmented($("steps"), "steps", [4, 2, 1], 4);
   segmented($("count"), "count", [1, 2, 4], 1);
+  $("model").addEventListener("change", () => useModel(state.models.find((model) => model.id === chosen("model"))));
   showChips();
 
   $("form").addEventListener("submit", (event) => (event.preventDefault(), draw()));

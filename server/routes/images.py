@@ -5,40 +5,45 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-import time
-from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from pydantic import BaseModel
 
-from server.admission import predict_eta_ms
 from server.errors import (
+    ApiError,
     DeadlineExceededError,
-    IdempotencyMismatchError,
-    InvalidHeaderError,
     InvalidRequestError,
     JobCancelledError,
     JobFailedError,
     JobNotFoundError,
     JobPoisonedError,
-    ModelNotFoundError,
-    NoWorkerError,
-    OverloadedError,
-    PromptTooLongError,
-    QueueFullError,
     ResultExpiredError,
-    ResultNotReadyError,
     ShuttingDownError,
-    SizeNotServedError,
-    StepsNotServedError,
     StoreUnavailableError,
-    TenantFullError,
     UnsupportedParameterError,
 )
-from server.intake import Accepted, accept, check_compression, pick_bucket
-from server.job import Job, JobStatus, OutputRef
-from server.routes.responses import BODY_ERRORS, documented, require_json
+from server.intake import Accepted, accept, check_compression
+from server.job import Job, JobStatus
+from server.routes.responses import (
+    BODY_ERRORS,
+    CONTENT_ERRORS,
+    CREATE_ERRORS,
+    IdempotencyKey,
+    documented,
+    json_response,
+    require_json,
+)
+from server.routes.results import (
+    content_headers,
+    eta_of,
+    expired,
+    find_job,
+    has_good_copy,
+    is_expired,
+    read,
+    require_done,
+    unknown_job,
+)
 from server.schemas import DrawingRequest, GenerationsRequest, GenerationsResponse, ImageJob, ImageRequest
 from server.services import Services, ServicesDep
 from server.views import (
@@ -48,30 +53,17 @@ from server.views import (
     generations_response,
     image_job,
     server_timing,
-    size_of,
 )
 from server.waiting import ClientGoneError, cancel, cancel_if_queued, wait_for_job
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
-POLL_MS = 1000.0
 IMAGE_TYPES = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 
 _WAIT = re.compile(r"\bwait\s*=\s*(\d{1,6})\b")
 
-CREATE_ERRORS = documented(
-    *BODY_ERRORS,
-    InvalidHeaderError,
+WAITING_ERRORS: tuple[type[ApiError], ...] = (
     UnsupportedParameterError,
-    PromptTooLongError,
-    SizeNotServedError,
-    StepsNotServedError,
-    IdempotencyMismatchError,
-    ModelNotFoundError,
-    QueueFullError,
-    TenantFullError,
-    OverloadedError,
-    NoWorkerError,
     StoreUnavailableError,
     JobFailedError,
     JobPoisonedError,
@@ -79,13 +71,7 @@ CREATE_ERRORS = documented(
     DeadlineExceededError,
     ResultExpiredError,
 )
-
-IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key", description="The same key and body give the same job, for 24 hours at least."
-    ),
-]
+"""What an answer that comes with the images can be instead."""
 
 
 @router.post(
@@ -93,7 +79,7 @@ IdempotencyKey = Annotated[
     summary="Draw images",
     response_model=ImageJob,
     responses={
-        **CREATE_ERRORS,
+        **documented(*BODY_ERRORS, *CREATE_ERRORS, *WAITING_ERRORS),
         200: {
             "description": "The images; with n=1 and `Accept: image/png` (jpeg, webp) the bytes of it.",
             "content": {media_type: {} for media_type in IMAGE_TYPES},
@@ -117,6 +103,8 @@ async def create_image(
         services, request, body, idempotency_key, wait_s=_wait_s(body, prefer, services.settings.max_wait_s)
     )
     ttl_s = services.settings.result_ttl_s
+    if accepted.attached and await is_expired(services, job):
+        raise expired(job)
     if not job.finished:
         view = image_job(
             job,
@@ -126,24 +114,24 @@ async def create_image(
             queue_position=accepted.position,
         )
         location = str(request.url_for("get_image", job_id=job.id))
-        return _json(view, status_code=202, headers={"location": location})
+        return json_response(view, status_code=202, headers={"location": location})
     if job.status is not JobStatus.DONE:
         raise failure_of(job)
     headers = {"server-timing": server_timing(job)}
     if raw:
         output = job.outputs[0]
         headers |= {"x-job-id": job.id, "x-seed": str(output.seed), "etag": etag_of(output)}
-        return Response(await _read(services, output), media_type=output.content_type, headers=headers)
+        return Response(await read(services, output), media_type=output.content_type, headers=headers)
     images_b64 = await _images_b64(services, job) if body.response_format == "b64_json" else None
     view = image_job(job, content_url=_content_url(request), result_ttl_s=ttl_s, images_b64=images_b64)
-    return _json(view, headers=headers)
+    return json_response(view, headers=headers)
 
 
 @router.post(
     "/generations",
     summary="Draw images (OpenAI's shape)",
     response_model=GenerationsResponse,
-    responses={**CREATE_ERRORS, **documented(ShuttingDownError, NoWorkerError, OverloadedError)},
+    responses=documented(*BODY_ERRORS, *CREATE_ERRORS, *WAITING_ERRORS, ShuttingDownError),
     dependencies=[Depends(require_json)],
 )
 async def create_image_openai(
@@ -158,7 +146,9 @@ async def create_image_openai(
         raise UnsupportedParameterError(message, param=param)
     check_compression(body)
     deadline_s = services.settings.job_deadline_s
-    _, job = await _submit(services, request, body, idempotency_key, wait_s=deadline_s)
+    accepted, job = await _submit(services, request, body, idempotency_key, wait_s=deadline_s)
+    if accepted.attached and await is_expired(services, job):
+        raise expired(job)
     if not job.finished:
         if idempotency_key is None:
             await cancel_if_queued(services, job.id)
@@ -171,13 +161,13 @@ async def create_image_openai(
         raise failure_of(job)
     images_b64 = await _images_b64(services, job) if body.response_format == "b64_json" else None
     view = generations_response(job, content_url=_content_url(request), images_b64=images_b64)
-    return _json(view, headers={"server-timing": server_timing(job)})
+    return json_response(view, headers={"server-timing": server_timing(job)})
 
 
 @router.get("/{job_id}", summary="Look a job up", responses=documented(JobNotFoundError, InvalidRequestError))
 async def get_image(job_id: str, request: Request, services: ServicesDep) -> ImageJob:
     """The job as it stands, with its images once it is completed."""
-    return await _view(services, request, await _find(services, job_id))
+    return await _view(services, request, await find_job(services, job_id, "image"))
 
 
 @router.delete(
@@ -185,9 +175,9 @@ async def get_image(job_id: str, request: Request, services: ServicesDep) -> Ima
 )
 async def cancel_image(job_id: str, request: Request, services: ServicesDep) -> ImageJob:
     """At once while it is queued, at the next step while it runs; a finished job stays as it is."""
-    job = await cancel(services, await _find(services, job_id))
+    job = await cancel(services, await find_job(services, job_id, "image"))
     if job is None:
-        raise _not_found(job_id)
+        raise unknown_job(job_id, "image")
     return await _view(services, request, job)
 
 
@@ -196,15 +186,7 @@ async def cancel_image(job_id: str, request: Request, services: ServicesDep) -> 
     summary="Download one image",
     response_class=Response,
     responses={
-        **documented(
-            JobNotFoundError,
-            ResultNotReadyError,
-            ResultExpiredError,
-            StoreUnavailableError,
-            InvalidRequestError,
-            JobFailedError,
-            DeadlineExceededError,
-        ),
+        **documented(*CONTENT_ERRORS),
         200: {"description": "The bytes.", "content": {media_type: {} for media_type in IMAGE_TYPES}},
         304: {"description": "The client's copy is still good."},
     },
@@ -216,27 +198,18 @@ async def get_image_content(
     index: Annotated[int, Query(ge=0, description="Which of the job's n images.")] = 0,
 ) -> Response:
     """The bytes of one finished image. They never change, so clients may keep them."""
-    job = await _find(services, job_id)
-    if not job.finished:
-        eta_ms = await _eta_ms(services, job, await services.queue.position(job))
-        raise ResultNotReadyError(f"job {job_id} is not finished", retry_after_ms=eta_ms or POLL_MS)
-    if job.status is not JobStatus.DONE:
-        raise failure_of(job)
+    job = await find_job(services, job_id, "image")
+    await require_done(services, job)
     if index >= len(job.outputs):
         raise InvalidRequestError(
             f"index {index} is out of range; job {job_id} has images 0 to {len(job.outputs) - 1}",
             param="index",
         )
     output = job.outputs[index]
-    headers = {
-        "etag": etag_of(output),
-        "cache-control": f"private, max-age={services.settings.result_ttl_s}, immutable",
-    }
-    if etag_of(output) in request.headers.get("if-none-match", ""):
+    headers = content_headers(services, job, output, f"{job_id}-{index}")
+    if has_good_copy(request, output):
         return Response(status_code=304, headers=headers)
-    extension = output.key.rpartition(".")[2]
-    headers["content-disposition"] = f'inline; filename="{job_id}-{index}.{extension}"'
-    return Response(await _read(services, output), media_type=output.content_type, headers=headers)
+    return Response(await read(services, output), media_type=output.content_type, headers=headers)
 
 
 async def _submit(
@@ -250,6 +223,7 @@ async def _submit(
             request had an idempotency key: then the client, or its retry, may still come for it.
     """
     accepted = await accept(services, body, idempotency_key)
+    request.state.replayed = accepted.attached  # read by the middleware, whatever the answer will be
     try:
         job = await wait_for_job(services, request, accepted.job_id, wait_s)
     except ClientGoneError:
@@ -257,7 +231,7 @@ async def _submit(
             await cancel_if_queued(services, accepted.job_id)
         raise
     if job is None:
-        raise _not_found(accepted.job_id)
+        raise unknown_job(accepted.job_id, "image")
     return accepted, job
 
 
@@ -289,39 +263,15 @@ def _wait_s(body: ImageRequest, prefer: str, longest_s: float) -> float:
     return 0.0 if "respond-async" in prefer else longest_s
 
 
-async def _find(services: Services, job_id: str) -> Job:
-    job = await services.queue.get(job_id)
-    if job is None or job.kind != "image":
-        raise _not_found(job_id)
-    return job
-
-
-def _not_found(job_id: str) -> JobNotFoundError:
-    return JobNotFoundError(f"no image job {job_id!r}; finished jobs are kept for a limited time", param="id")
-
-
 async def _view(services: Services, request: Request, job: Job) -> ImageJob:
     position = None if job.finished else await services.queue.position(job)
     return image_job(
         job,
         content_url=_content_url(request),
         result_ttl_s=services.settings.result_ttl_s,
-        eta_ms=None if job.finished else await _eta_ms(services, job, position),
+        eta_ms=None if job.finished else await eta_of(services, job, position),
         queue_position=position,
-    )
-
-
-async def _eta_ms(services: Services, job: Job, position: int | None) -> float | None:
-    """Predicted time until an unfinished job is finished; `position` is None for one that runs."""
-    model = (await services.catalog.models()).get(job.model)
-    if model is None:
-        return None
-    bucket = pick_bucket(size_of(job.request), model.manifest)
-    return predict_eta_ms(
-        model.load,
-        model.batch_ms(bucket, job.request["num_steps"]),
-        num_samples=job.request["n"],
-        ahead=0 if position is None else position + model.stats.running,
+        expired=await is_expired(services, job),
     )
 
 
@@ -330,29 +280,5 @@ def _content_url(request: Request) -> ContentUrl:
 
 
 async def _images_b64(services: Services, job: Job) -> list[str]:
-    contents = await asyncio.gather(*(_read(services, output) for output in job.outputs))
+    contents = await asyncio.gather(*(read(services, output) for output in job.outputs))
     return [base64.b64encode(content).decode("ascii") for content in contents]
-
-
-async def _read(services: Services, output: OutputRef) -> bytes:
-    """The bytes of one image.
-
-    Raises:
-        ResultExpiredError: they are gone.
-        StoreUnavailableError: the store does not answer.
-    """
-    started = time.perf_counter()
-    try:
-        return await asyncio.to_thread(services.store.get, output.key)
-    except FileNotFoundError:
-        raise ResultExpiredError("this image is no longer kept; draw it again with its seed") from None
-    except OSError as error:
-        raise StoreUnavailableError("the result store does not answer", retry_after_ms=1000) from error
-    finally:
-        services.metrics.storage_op.labels("get").observe(time.perf_counter() - started)
-
-
-def _json(view: BaseModel, *, status_code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(
-        view.model_dump_json(), status_code=status_code, media_type="application/json", headers=headers
-    )

@@ -6,9 +6,11 @@ from fastapi import APIRouter
 
 from server.catalog import ServedModel
 from server.errors import InvalidRequestError, ModelNotFoundError
+from server.intake import pick_fps, sizes_of
 from server.routes.responses import documented
 from server.schemas import ModelList, ModelView
 from server.services import Services, ServicesDep
+from server.views import seconds_of
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -33,12 +35,18 @@ async def get_model(model_id: str, services: ServicesDep) -> ModelView:
 
 def _view(model: ServedModel, services: Services) -> ModelView:
     manifest = model.manifest
+    fps = pick_fps(None, manifest) if manifest.kind == "video" else None
+    frames = list(dict.fromkeys(bucket.frames for bucket in manifest.buckets))
     return ModelView(
         id=model.name,
         created=min((worker.started_ms for worker in model.stats.workers), default=0) // 1000,
         kind=manifest.kind,
         version=manifest.version,
-        sizes=[f"{bucket.width}x{bucket.height}" for bucket in manifest.buckets],
+        gate=manifest.gate.summary,
+        sizes=sizes_of(manifest),
+        seconds=[seconds_of(number, fps) for number in frames] if fps else [],
+        frames=frames if fps else [],
+        fps=fps,
         steps=sorted(manifest.num_steps),
         default_steps=manifest.default_num_steps,
         max_prompt_chars=services.settings.max_prompt_chars,

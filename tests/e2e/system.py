@@ -47,10 +47,11 @@ def free_port_pair() -> int:
 class System:
     """One `up` with one worker. Processes are found as descendants, so none is overlooked."""
 
-    def __init__(self, data_dir: Path, bundle: Path, **settings: object) -> None:
+    def __init__(self, data_dir: Path, bundle: Path | str, *, name: str = "up", **settings: object) -> None:
+        """Nothing runs before `start`; `name` tells the logs of several on one data directory apart."""
         self.data_dir = data_dir
         self.metrics_port = free_port_pair()
-        self._log = data_dir / "up.log"
+        self._log = data_dir / f"{name}.log"
         self._environment = {
             **os.environ,
             **{

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from tests.e2e.system import System, poll
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
-pytestmark = pytest.mark.skipif(
+needs_browser = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="chromium is not installed (apt install chromium chromium-driver)"
 )
+pytestmark = needs_browser
 
 FLAGS = (
     "--headless=new",
@@ -62,6 +64,12 @@ class Page:
         box.clear()
         box.send_keys(prompt + Keys.ENTER)
 
+    def choose(self, name: str, value: object) -> None:
+        """Press one of the buttons of a group."""
+        self.browser.execute_script(
+            f"document.querySelector('input[name={name}][value=\"{value}\"]').click()"
+        )
+
     def wait_for_state(self, state: str) -> None:
         poll(lambda: self.state() == state)
 
@@ -70,19 +78,26 @@ class Page:
         return [str(entry["message"]) for entry in self.browser.get_log("browser")]
 
 
-@pytest.fixture
-def page(system: System, tmp_path: Path) -> Iterator[Page]:
+@contextmanager
+def open_page(url: str, profile: Path) -> Iterator[Page]:
+    """The page at `url` in a browser of its own, whose profile lies in `profile`."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path}"):
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
     try:
-        browser.get(system.url)
+        browser.get(url)
         yield Page(browser)
     finally:
         browser.quit()
+
+
+@pytest.fixture
+def page(system: System, tmp_path: Path) -> Iterator[Page]:
+    with open_page(system.url, tmp_path) as page:
+        yield page
 
 
 def test_prompt_becomes_a_picture_with_its_timing(page: Page) -> None:
@@ -105,9 +120,7 @@ def test_seed_and_steps_are_kept_and_several_pictures_fit(page: Page) -> None:
     poll(lambda: page.find("#status").get_attribute("data-state") == "ready")
     page.find("#seed").send_keys("123")
     for name, value in (("steps", 2), ("count", 4)):
-        page.browser.execute_script(
-            f"document.querySelector('input[name={name}][value=\"{value}\"]').click()"
-        )
+        page.choose(name, value)
     page.draw("a blue cube")
     page.wait_for_state("done")
 

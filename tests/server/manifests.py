@@ -51,4 +51,19 @@ def make_manifest(name: str = "scenes", **changes: Any) -> Manifest:
     return Manifest.model_validate({**fields, **changes})
 
 
+def make_video_manifest(name: str = "clips", **changes: Any) -> Manifest:
+    """A video model at 8 frames a second: 32x32 with 9 or 17 frames, and 48x32 (height x width) with 9."""
+    return make_manifest(
+        name,
+        **{
+            "kind": "video",
+            "family": "cogvideox",
+            "fps": 8,
+            "buckets": ["32x32x9", "32x32x17", "48x32x9"],
+            "student": {},
+            **changes,
+        },
+    )
+
+
 OUTPUT = {"name": "out", "dtype": "float32", "shape": [1]}

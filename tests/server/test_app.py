@@ -8,8 +8,6 @@ import io
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,124 +15,11 @@ import httpx
 import pytest
 from PIL import Image
 
-from server.app import create_app
-from server.job import Job, JobError, JobStatus, OutputRef, sample_seed
+from server.job import JobError, JobStatus
 from server.queue.connection import connect
-from server.queue.leases import Lease, WorkerQueue
-from server.queue.records import WorkerInfo
-from server.services import Services
 from server.settings import Settings
-from server.store import ResultStore
-from tests.server.conftest import poll
-from tests.server.manifests import EXAMPLES, make_manifest
-
-MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-TIMING = {
-    "queue": 5.0,
-    "batch_wait": 1.0,
-    "encode": 2.0,
-    "denoise": 30.0,
-    "decode": 8.0,
-    "pack": 3.0,
-    "store": 1.0,
-}
-
-
-class Worker:
-    """A worker that the test plays by hand."""
-
-    def __init__(self, url: str, store: ResultStore, *, model: str = "scenes") -> None:
-        self.queue = WorkerQueue(url, model=model, consumer="by-hand")
-        self.redis = connect(url)
-        self.store = store
-        self.info = WorkerInfo(
-            id="by-hand",
-            model=model,
-            kind="image",
-            version="0123456789ab",
-            backend="eager",
-            max_batch=8,
-            pid=1,
-            host="here",
-            started_ms=1_700_000_000_000,
-            warnings=("runs eager",),
-        )
-        self.manifest = make_manifest(model)
-
-    def announce(self) -> None:
-        self.queue.beat(self.info, self.manifest.model_dump_json())
-
-    def jobs(self) -> list[Job]:
-        """Every job that Redis knows."""
-        keys: Any = self.redis.keys(f"q:{{{self.queue.model}}}:j:*")
-        ids = [key.rpartition(":")[2] for key in keys]
-        found, _ = self.queue.look([Lease("", job_id) for job_id in ids])
-        return [job for job in found if job is not None]
-
-    def wait_for_jobs(self) -> None:
-        """Return once there is one."""
-        poll(self.jobs)
-
-    def start(self) -> tuple[Lease, Job]:
-        """Lease the next job, waiting for it, and start it."""
-        while not (leases := self.queue.read(1, block_ms=1000)):
-            pass
-        started = self.queue.start(leases)[0]
-        assert started.job is not None, started.dropped
-        return leases[0], started.job
-
-    def finish(self, job: Job) -> Job:
-        """Store a plain picture for each sample, and complete the job."""
-        request = job.request
-        outputs = []
-        for index in range(request["n"]):
-            packed = io.BytesIO()
-            image = Image.new("RGB", (request["width"], request["height"]), (255, 40 * index, 0))
-            image.save(packed, request["output_format"])
-            key = f"results/{job.id}/{job.attempt}-{index}.{request['output_format']}"
-            media_type = MEDIA_TYPES[request["output_format"]]
-            self.store.put(key, packed.getvalue(), media_type)
-            outputs.append(
-                OutputRef(
-                    key=key,
-                    content_type=media_type,
-                    size_bytes=len(packed.getvalue()),
-                    width=request["width"],
-                    height=request["height"],
-                    frames=1,
-                    seed=sample_seed(request["seed"], index),
-                )
-            )
-        self.queue.complete(job, outputs, TIMING)
-        return job
-
-    def draw(self) -> Job:
-        """The next job, from lease to result."""
-        return self.finish(self.start()[1])
-
-    def fail(self, code: str) -> Job:
-        """The next job, failed."""
-        _, job = self.start()
-        self.queue.fail(job, JobError(code=code, message="the reason"), {})
-        return job
-
-
-@dataclass
-class Api:
-    """One api process without its process."""
-
-    client: httpx.AsyncClient
-    services: Services
-    worker: Worker
-    app: Any
-
-    async def post(self, body: Mapping[str, Any] | None = None, **options: Any) -> httpx.Response:
-        return await self.client.post("/v1/images", json={"prompt": "a red cube", **(body or {})}, **options)
-
-    async def draw(self, body: Mapping[str, Any] | None = None, **options: Any) -> httpx.Response:
-        """Post a request and draw what it asks for."""
-        response, _ = await asyncio.gather(self.post(body, **options), asyncio.to_thread(self.worker.draw))
-        return response
+from tests.server.api import Api, error_of, running_api
+from tests.server.manifests import EXAMPLES
 
 
 @pytest.fixture
@@ -144,20 +29,6 @@ def redis_url(valkey_url: str) -> str:
     client.config_set("maxmemory", 0)
     client.close()
     return valkey_url
-
-
-@asynccontextmanager
-async def running_api(settings: Settings) -> AsyncIterator[Api]:
-    app = create_app(settings)
-    worker = Worker(settings.redis_url, ResultStore(settings.results_url))
-    transport = httpx.ASGITransport(app=app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
-    ):
-        yield Api(client=client, services=app.state.services, worker=worker, app=app)
-    worker.queue.close()
-    worker.redis.close()
 
 
 @pytest.fixture
@@ -171,16 +42,6 @@ async def api(settings: Settings) -> AsyncIterator[Api]:
     async with running_api(settings) as api:
         api.worker.announce()
         yield api
-
-
-def error_of(response: httpx.Response) -> tuple[int, str, str | None]:
-    """Status, code and param of an error response, its shape checked."""
-    body = response.json()
-    assert body.keys() == {"error"}
-    assert body["error"].keys() == {"message", "type", "code", "param"}
-    assert body["error"]["message"]
-    assert body["error"]["type"].endswith("_error")
-    return response.status_code, body["error"]["code"], body["error"]["param"]
 
 
 async def test_picture_is_drawn_and_described(api: Api) -> None:
@@ -372,7 +233,7 @@ async def test_queued_job_is_cancelled_at_once(api: Api) -> None:
 
     assert (cancelled["status"], cancelled["error"]["code"]) == ("failed", "cancelled")
     value = api.services.metrics.registry.get_sample_value
-    assert value("tdm_jobs_total", {"class": "scenes", "outcome": "cancelled"}) == 1
+    assert value("tdm_jobs_total", {"class": "scenes", "kind": "image", "outcome": "cancelled"}) == 1
     assert error_of(await api.client.get(f"/v1/images/{job['id']}/content")) == (410, "cancelled", None)
 
 
@@ -752,8 +613,6 @@ async def test_body_without_a_length_is_counted_as_it_comes(api: Api) -> None:
         ("DELETE", "/v1/images/img_1", 404, "job_not_found"),
         ("GET", "/v1/images/img_1/content", 404, "job_not_found"),
         ("GET", "/v1/models/none", 404, "model_not_found"),
-        ("POST", "/v1/videos", 404, "model_not_found"),
-        ("GET", "/v1/videos/vid_1", 404, "model_not_found"),
         ("GET", "/playground/other.js", 404, "route_not_found"),
         ("PUT", "/v1/images", 405, "method_not_allowed"),
         ("GET", "/v1/images", 405, "method_not_allowed"),
@@ -838,7 +697,7 @@ async def test_refusals_are_counted_by_reason(api: Api) -> None:
         await api.post({"wait_s": 0})
 
     value = api.services.metrics.registry.get_sample_value
-    assert value("tdm_jobs_rejected_total", {"class": "scenes", "reason": "queue"}) == 1
+    assert value("tdm_jobs_rejected_total", {"class": "scenes", "kind": "image", "reason": "queue"}) == 1
 
 
 # Models, page, OpenAPI document
@@ -856,7 +715,11 @@ async def test_models_say_what_can_be_asked_of_them(api: Api) -> None:
         "owned_by": "tdm-server",
         "kind": "image",
         "version": "0123456789ab",
+        "gate": "never gated",
         "sizes": ["64x64", "64x96"],
+        "seconds": [],
+        "frames": [],
+        "fps": None,
         "steps": [1, 2, 4],
         "default_steps": 4,
         "max_prompt_chars": 2000,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +17,13 @@ from server.launch import (
     LaunchError,
     check_metrics_port,
     count_workers,
+    deal,
+    deal_gpus,
     describe_ready,
     find_bundles,
+    hire,
     listen,
-    plan_children,
+    plan_posts,
     url_of,
 )
 from server.settings import Settings
@@ -32,9 +36,9 @@ def busy_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def make_bundle(directory: Path, name: str = "scenes") -> Path:
+def make_bundle(directory: Path, name: str = "scenes", **changes: Any) -> Path:
     directory.mkdir(parents=True)
-    write_manifest(directory, make_manifest(name))
+    write_manifest(directory, make_manifest(name, **changes))
     return directory
 
 
@@ -123,17 +127,81 @@ def test_damaged_manifest_is_refused_by_its_field(tmp_path: Path) -> None:
     manifest = bundle / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"pixart"', "7"))
 
-    with listen("127.0.0.1", 0, "TDM_PORT") as listener, pytest.raises(LaunchError, match="family"):
-        plan_children(Settings(), [bundle], "unix:///nowhere", listener)
+    with pytest.raises(LaunchError, match="family"):
+        plan_posts(Settings(), [bundle])
 
 
 def test_every_bundle_gets_a_worker(tmp_path: Path) -> None:
     bundles = [make_bundle(tmp_path / name, name) for name in ("a", "b", "c")]
 
-    with listen("127.0.0.1", 0, "TDM_PORT") as listener:
-        children = plan_children(Settings(workers=1), bundles, "unix:///nowhere", listener)
+    posts = plan_posts(Settings(workers=1), bundles)
 
-    assert [child.name for child in children] == ["api", "worker 0", "worker 1", "worker 2"]
+    assert {name: post.bundles for name, post in posts.items()} == {
+        bundle.name: [bundle] for bundle in bundles
+    }
+
+
+@pytest.mark.parametrize(
+    ("kinds", "num_workers", "num_cores", "expected"),
+    [
+        ({"a": "image"}, 0, 2, "aa"),
+        ({"a": "video"}, 0, 2, "aa"),
+        ({"a": "image", "b": "image", "c": "image"}, 0, 2, "abc"),
+        ({"v": "video", "a": "image"}, 0, 2, "aav"),  # clips stand in no picture's way
+        ({"v": "video", "a": "image", "b": "image", "w": "video"}, 0, 4, "ababvw"),
+        ({"v": "video", "a": "image"}, 3, 64, "ava"),
+        ({"v": "video", "a": "image"}, 1, 64, "av"),
+    ],
+)
+def test_workers_are_dealt_out(
+    kinds: dict[str, str], num_workers: int, num_cores: int, expected: str
+) -> None:
+    dealt = deal({Path(name): kind for name, kind in kinds.items()}, num_workers, num_cores)
+    assert "".join(map(str, dealt)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kinds", "num_workers", "gpus", "expected"),
+    [
+        ({"a": "image"}, 0, ["0"], "a0"),
+        ({"a": "image"}, 0, ["0", "1", "2"], "a0 a1 a2"),
+        ({"v": "video", "a": "image"}, 0, ["0", "1"], "a0 v1"),
+        ({"v": "video", "a": "image"}, 0, ["0"], "a0 v0"),  # each bundle has one at least
+        ({"a": "image"}, 3, ["0", "1"], "a0 a1 a0"),
+        ({}, 0, [], ""),
+    ],
+)
+def test_workers_are_dealt_out_over_gpus(
+    kinds: dict[str, str], num_workers: int, gpus: list[str], expected: str
+) -> None:
+    dealt = deal_gpus({Path(name): kind for name, kind in kinds.items()}, num_workers, gpus)
+    assert " ".join(f"{bundle}{gpu}" for bundle, gpu in dealt) == expected
+
+
+def test_each_worker_on_a_gpu_sees_that_one_alone(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "gpu", "gpu", device="cuda")
+    plain = make_bundle(tmp_path / "cpu", "cpu")
+    settings = Settings(CUDA_VISIBLE_DEVICES="GPU-a, GPU-b")
+
+    posts = plan_posts(settings, [bundle, plain])
+
+    assert (posts["gpu"].bundles, posts["gpu"].gpus) == ([bundle, bundle], ["GPU-a", "GPU-b"])
+    assert set(posts["cpu"].bundles) == {plain}
+    assert set(posts["cpu"].gpus) == {""}
+    worker = hire(settings, "unix:///nowhere", bundle, 1, False, "GPU-b")
+    assert (worker._env["TDM_BUNDLES"], worker._env["CUDA_VISIBLE_DEVICES"]) == (str(bundle), "GPU-b")
+
+
+def test_bundle_for_a_gpu_is_served_by_the_cpu_where_none_may_be_used(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "gpu", "gpu", device="cuda")
+
+    posts = plan_posts(Settings(CUDA_VISIBLE_DEVICES="", workers=1), [bundle])
+
+    assert (posts["gpu"].bundles, posts["gpu"].gpus) == ([bundle], [""])
+
+
+def test_number_of_workers_may_be_left_open_by_name() -> None:
+    assert Settings(workers="auto").workers == 0
 
 
 @pytest.mark.parametrize(("num_cores", "expected"), [(1, 1), (2, 2), (4, 4), (64, 4)])

@@ -84,3 +84,13 @@ def test_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_unknown_scheme_is_refused() -> None:
     with pytest.raises(ValueError, match="nosuch"):
         ResultStore("nosuch://somewhere")
+
+
+def test_listing_tells_what_lies_where(store: ResultStore) -> None:
+    assert store.listing() == {}
+    store.put(KEY, b"one", "image/png")
+    store.put("img_2/1-0.png", b"three", "image/png")
+    assert {key: found.size_bytes for key, found in store.listing().items()} == {KEY: 3, "img_2/1-0.png": 5}
+    assert store.listing("img_1").keys() == {KEY}
+    assert store.listing("img_3") == {}
+    assert abs(store.listing()[KEY].stored_s - time.time()) < 3600

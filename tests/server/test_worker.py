@@ -5,6 +5,7 @@ The engine is the real pipeline over a tiny random student; `ObservedPipeline` a
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
+from engines.bucket import Bucket
 from engines.compile.build import BuildSettings, build_bundle, num_pieces
 from engines.compile.progress import BuildProgress
+from engines.errors import BundleError
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
+from engines.signature import read_key, sign_bundle
 from server.heartbeat import Heartbeat
 from server.inbox import Inbox
 from server.job import Job, JobStatus, new_job
@@ -32,16 +37,15 @@ from server.packing import Provenance, prompt_hash, read_provenance
 from server.queue.connection import connect, system_now_ms
 from server.queue.embedded import EmbeddedValkey
 from server.queue.errors import QueueError
-from server.queue.leases import Lease, WorkerQueue
+from server.queue.leases import Lease, WorkerQueue, stream_of
 from server.queue.queue import JobQueue
 from server.settings import WorkerSettings
 from server.store import ResultStore
-from server.worker import EXIT_ENGINE_LOST, EXIT_OK, serve
-from tests.engines.tiny import make_tiny_checkpoint
-from tests.server.conftest import let_leases_lapse, poll, poll_async, worker_info
+from server.worker import EXIT_ENGINE_LOST, EXIT_OK, load_pipeline, serve
+from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
+from tests.server.conftest import VERSION, let_leases_lapse, poll, poll_async, worker_info
 
 MODEL = "tiny"
-STREAM = f"q:{{{MODEL}}}:s"
 MAX_BATCH = 4
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,17 +111,29 @@ class RunningWorker:
 
     def metric(self, name: str, **labels: str) -> float:
         """Value of one sample of a metric."""
-        return self.metrics.registry.get_sample_value(f"tdm_{name}", {"class": MODEL, **labels}) or 0.0
+        labels = {"class": self.pipeline.manifest.name, **labels}
+        return self.metrics.registry.get_sample_value(f"tdm_{name}", labels) or 0.0
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An eager bundle of the tiny student."""
     folder = tmp_path_factory.mktemp("bundle")
+    return build(make_tiny_checkpoint(folder / "student"), folder / "bundle", batch_sizes=(1, 2, MAX_BATCH))
+
+
+@pytest.fixture(scope="module")
+def video_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a student that draws clips of 9 frames, 32x32, 8 a second."""
+    folder = tmp_path_factory.mktemp("video-bundle")
+    return build(make_tiny_cogvideox(folder / "student"), folder / "bundle", batch_sizes=(1, 2))
+
+
+def build(student: Path, out: Path, *, batch_sizes: tuple[int, ...]) -> Path:
     settings = BuildSettings(
-        student=make_tiny_checkpoint(folder / "student"),
-        out=folder / "bundle",
-        batch_sizes=(1, 2, MAX_BATCH),
+        student=student,
+        out=out,
+        batch_sizes=batch_sizes,
         backends=("eager",),
         num_threads=1,
         num_jobs=1,
@@ -132,6 +148,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded_pipeline(bundle: Path) -> ObservedPipeline:
+    return load(bundle)
+
+
+@pytest.fixture(scope="module")
+def loaded_video_pipeline(video_bundle: Path) -> ObservedPipeline:
+    return load(video_bundle)
+
+
+def load(bundle: Path) -> ObservedPipeline:
     pipeline = ObservedPipeline.load(bundle, backend="eager", num_threads=1)
     assert isinstance(pipeline, ObservedPipeline)
     # The tests want batches; whether these pay was measured, and differs from machine to machine.
@@ -144,6 +169,17 @@ def loaded_pipeline(bundle: Path) -> ObservedPipeline:
 def pipeline(loaded_pipeline: ObservedPipeline) -> ObservedPipeline:
     loaded_pipeline.reset()
     return loaded_pipeline
+
+
+@pytest.fixture
+def video_worker(
+    settings: WorkerSettings, video_bundle: Path, loaded_video_pipeline: ObservedPipeline
+) -> Iterator[RunningWorker]:
+    """A worker that serves the model for clips."""
+    loaded_video_pipeline.reset()
+    worker = RunningWorker(replace(settings, bundle=video_bundle), loaded_video_pipeline)
+    yield worker
+    worker.stop()
 
 
 @pytest.fixture
@@ -164,7 +200,7 @@ async def queue(url: str) -> AsyncIterator[JobQueue]:
 @pytest.fixture
 def settings(url: str, bundle: Path, tmp_path: Path) -> WorkerSettings:
     return WorkerSettings(
-        index=0,
+        expires=True,
         redis_url=url,
         bundle=bundle,
         backend="eager",
@@ -214,6 +250,25 @@ def job_of(prompt: str, *, seed: int = 7, n: int = 1, deadline_s: float = 600, *
     return new_job(kind="image", model=MODEL, request=full, now_ms=now_ms, deadline_ms=deadline_ms)
 
 
+def clip_of(prompt: str, *, seed: int = 7, num_steps: int = 4) -> Job:
+    request = {
+        "prompt": prompt,
+        "n": 1,
+        "height": 32,
+        "width": 32,
+        "frames": 9,
+        "seed": seed,
+        "num_steps": num_steps,
+        "output_format": "mp4",
+        "output_compression": None,
+        "fps": 8,
+    }
+    now_ms = system_now_ms()
+    return new_job(
+        kind="video", model="tiny-cogvideox", request=request, now_ms=now_ms, deadline_ms=now_ms + 600_000
+    )
+
+
 async def enqueue(queue: JobQueue, *jobs: Job) -> None:
     for job in jobs:
         assert (await queue.enqueue(job)).job_id == job.id
@@ -244,6 +299,18 @@ def pixels_of(store: ResultStore, job: Job, index: int = 0) -> NDArray[np.int16]
     assert job.outputs, f"{job.status} {job.error}"
     with Image.open(io.BytesIO(store.get(job.outputs[index].key))) as image:
         return np.asarray(image.convert("RGB"), dtype=np.int16)
+
+
+def frames_of(data: bytes) -> NDArray[np.uint8]:
+    """(F, H, W, 3) of an MP4 file."""
+    with av.open(io.BytesIO(data), "r") as file:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)])
+
+
+def distance(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """Mean difference of luma (BT.709), of 255."""
+    difference = (one.astype(int) - other) @ np.array([0.2126, 0.7152, 0.0722])
+    return float(np.abs(difference).mean())
 
 
 def files_of(settings: WorkerSettings) -> list[str]:
@@ -279,9 +346,64 @@ async def test_finished_job_has_its_pictures_and_says_how_long_each_stage_took(
         )
     assert pixels_of(store, done).shape == (64, 64, 3)
     worker.stop()
-    assert worker.metric("jobs_total", outcome="done") == 1
+    assert worker.metric("jobs_total", kind="image", outcome="done") == 1
     assert worker.metric("images_total") == 2
-    assert worker.metric("job_stage_seconds_count", stage="denoise") == 1
+    assert worker.metric("job_stage_seconds_count", kind="image", stage="denoise") == 1
+
+
+async def test_clips_are_drawn_as_mp4_files_of_their_frames(
+    queue: JobQueue, video_worker: RunningWorker, store: ResultStore
+) -> None:
+    jobs = [clip_of("a red cube"), clip_of("a blue cone", seed=8, num_steps=2), clip_of("a red cube")]
+    await enqueue(queue, *jobs)
+    first, other, again = [await ended(queue, job) for job in jobs]
+
+    assert {end.status for end in (first, other, again)} == {JobStatus.DONE}
+    assert set(first.timing) == {"queue", "batch_wait", "encode", "denoise", "decode", "pack", "store"}
+    (ref,) = first.outputs
+    data = store.get(ref.key)
+    assert (ref.key, ref.content_type, ref.size_bytes) == (f"{first.id}/1-0.mp4", "video/mp4", len(data))
+    assert (ref.width, ref.height, ref.frames, ref.seed) == (32, 32, 9, 7)
+    pipeline = video_worker.pipeline
+    assert read_provenance(data) == Provenance(
+        model="tiny-cogvideox",
+        version=pipeline.manifest.version,
+        seed=7,
+        num_steps=4,
+        prompt_sha256=prompt_hash("a red cube"),
+    )
+    sample = Sample(prompt="a red cube", seed=7, num_steps=4, bucket=Bucket(32, 32, 9))
+    (drawn,) = pipeline.run([sample])
+    clip = frames_of(data)
+    assert clip.shape == (9, 32, 32, 3)
+    # A random student's clip is noise, which H.264 keeps least of all, and its chroma hardly.
+    assert distance(clip, drawn) < 6
+    assert distance(clip, frames_of(store.get(again.outputs[0].key))) < 1
+    assert distance(clip, frames_of(store.get(other.outputs[0].key))) > 12
+    video_worker.stop()
+    assert video_worker.metric("jobs_total", kind="video", outcome="done") == 3
+    assert video_worker.metric("video_frames_total") == 27
+
+
+async def test_running_clip_tells_its_progress_and_stops_when_it_is_deleted(
+    queue: JobQueue, video_worker: RunningWorker, settings: WorkerSettings
+) -> None:
+    pipeline = video_worker.pipeline
+    pipeline.braked = True
+    deleted, neighbour = clip_of("deleted"), clip_of("neighbour")
+    await enqueue(queue, deleted, neighbour)
+    poll(lambda: pipeline.batches)
+    pipeline.allow(1)
+    await poll_async(lambda: has_progressed(queue, deleted, 25))
+    await queue.delete(deleted.id)
+    pipeline.allow(1)
+    await poll_async(lambda: has_progressed(queue, deleted, 50))  # the same heartbeat hears of it
+    pipeline.release()
+
+    end = await ended(queue, deleted)
+    assert (end.status, code_of(end), end.outputs) == (JobStatus.CANCELLED, "cancelled", ())
+    assert (await ended(queue, neighbour)).status is JobStatus.DONE
+    assert [name.partition("/")[0] for name in files_of(settings)] == [neighbour.id]
 
 
 async def test_job_of_more_samples_than_a_batch_holds_is_drawn_in_several(
@@ -381,19 +503,23 @@ async def test_size_that_the_bundle_does_not_have_fails_alone(
     assert (await ended(queue, fine)).status is JobStatus.DONE
 
 
+async def die_over(queue: JobQueue, url: str, version: str, *jobs: Job) -> None:
+    """Enqueue jobs and start them as a worker that then dies; their leases have lapsed."""
+    await enqueue(queue, *jobs)
+    dead = WorkerQueue(url, model=MODEL, version=version, consumer="dead")
+    dead.beat(worker_info("dead", version=version), "{}")
+    assert all(started.job is not None for started in dead.start(dead.read(len(jobs))))
+    dead.close()
+    client = connect(url)
+    let_leases_lapse(client, stream=stream_of(MODEL, version), idle_ms=120_000)
+    client.close()
+
+
 async def test_retried_job_runs_alone(
     queue: JobQueue, start_worker: Callable[[], RunningWorker], pipeline: ObservedPipeline, url: str
 ) -> None:
     suspect = job_of("suspect")
-    await enqueue(queue, suspect)
-    dead = WorkerQueue(url, model=MODEL, consumer="dead")
-    dead.beat(worker_info("dead"), "{}")
-    (started,) = dead.start(dead.read(1))
-    assert started.job is not None
-    dead.close()
-    client = connect(url)
-    let_leases_lapse(client, stream=STREAM, idle_ms=120_000)
-    client.close()
+    await die_over(queue, url, pipeline.manifest.version, suspect)
     innocent = [job_of(str(i)) for i in range(3)]
     await enqueue(queue, *innocent)
     worker = start_worker()
@@ -402,6 +528,28 @@ async def test_retried_job_runs_alone(
     assert all(len(batch) == 1 for batch in pipeline.batches if "suspect" in batch)
     worker.stop()
     assert worker.metric("job_redeliveries_total", cause="lease_lapsed") == 1
+
+
+async def test_retried_job_is_not_started_while_another_is_being_stored(
+    queue: JobQueue,
+    start_worker: Callable[[], RunningWorker],
+    pipeline: ObservedPipeline,
+    url: str,
+    tmp_path: Path,
+) -> None:
+    suspects = [job_of("one"), job_of("two")]
+    await die_over(queue, url, pipeline.manifest.version, *suspects)
+    obstacle = tmp_path / "results"
+    obstacle.write_text("a file where the directory should be")
+    worker = start_worker()
+    tries = ("tdm_storage_op_seconds_count", {"op": "put"})
+    poll(lambda: (worker.metrics.registry.get_sample_value(*tries) or 0) >= 3)
+    assert len(pipeline.batches) == 1
+    assert sorted([job.attempt for job in [await queue.get(job.id) for job in suspects] if job]) == [1, 2]
+
+    obstacle.unlink()
+    ends = [await ended(queue, job) for job in suspects]
+    assert [(end.status, end.attempt) for end in ends] == [(JobStatus.DONE, 2)] * 2
 
 
 async def test_running_job_is_cancelled_between_steps_and_its_neighbour_is_not(
@@ -437,13 +585,14 @@ async def test_job_whose_deadline_passes_while_it_runs_is_stopped(
 
 
 async def test_result_that_cannot_be_stored_fails_as_such_and_leaves_nothing(
-    queue: JobQueue, start_worker: Callable[[], RunningWorker], settings: WorkerSettings, tmp_path: Path
+    queue: JobQueue, pipeline: ObservedPipeline, settings: WorkerSettings, tmp_path: Path
 ) -> None:
     (tmp_path / "results").write_text("a file where the directory should be")
     job = job_of("a", n=2)
     await enqueue(queue, job)
-    start_worker()
+    worker = RunningWorker(replace(settings, lease_s=1.0), pipeline)
     end = await ended(queue, job)
+    worker.stop()
     assert (code_of(end), end.outputs) == ("storage", ())
 
 
@@ -459,7 +608,7 @@ async def test_result_that_came_second_is_deleted(
     await enqueue(queue, job)
     worker = start_worker()
     poll(lambda: pipeline.batches)
-    faster = WorkerQueue(url, model=MODEL, consumer="faster")
+    faster = WorkerQueue(url, model=MODEL, version=VERSION, consumer="faster")
     running = await queue.get(job.id)
     assert running is not None
     assert faster.complete(running, (), {"denoise": 1.0}) == "ok"
@@ -511,7 +660,7 @@ async def test_jobs_whose_lease_was_taken_just_before_redis_failed_are_drawn(
 ) -> None:
     jobs = [job_of(str(i)) for i in range(3)]
     await enqueue(queue, *jobs)
-    worker_queue = ForgetfulQueue(url, model=MODEL, consumer="forgetful")
+    worker_queue = ForgetfulQueue(url, model=MODEL, version=VERSION, consumer="forgetful")
     heartbeat = Heartbeat(worker_queue, worker_info("forgetful"), "{}", Metrics(), lease_s=60, stall_s=600)
     worker_queue.beat(worker_info("forgetful"), "{}")
     inbox = Inbox(
@@ -522,6 +671,7 @@ async def test_jobs_whose_lease_was_taken_just_before_redis_failed_are_drawn(
         cost_ms=lambda *_: 10.0,
         lease_s=60,
         stopping=threading.Event(),
+        settle=lambda: None,
         clock=system_now_ms,
     )
     batch = inbox.next_batch()
@@ -530,6 +680,20 @@ async def test_jobs_whose_lease_was_taken_just_before_redis_failed_are_drawn(
     assert worker_queue.lost == 1
     inbox.close()
     worker_queue.close()
+
+
+# what it takes
+
+
+def test_only_signed_bundles_are_taken_where_a_key_is_set(settings: WorkerSettings, tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_bytes(b"k" * 32)
+    bundle = shutil.copytree(settings.bundle, tmp_path / "signed")
+    settings = replace(settings, bundle=bundle, bundle_key_file=key_file)
+    with pytest.raises(BundleError, match=r"^manifest\.sig: is missing"):
+        load_pipeline(settings)
+    sign_bundle(bundle, read_key(key_file))
+    assert load_pipeline(settings).manifest.name == MODEL
 
 
 # how it ends
@@ -585,7 +749,7 @@ async def test_lost_device_ends_the_process_and_leaves_its_jobs_to_others(
 
 
 def test_engine_that_hangs_loses_its_leases(url: str, pipeline: ObservedPipeline) -> None:
-    queue = WorkerQueue(url, model=MODEL, consumer="hung")
+    queue = WorkerQueue(url, model=MODEL, version=VERSION, consumer="hung")
     stalled = threading.Event()
     heartbeat = Heartbeat(
         queue, worker_info("hung"), "{}", Metrics(), lease_s=0.4, stall_s=0.5, on_stall=stalled.set

@@ -1,4 +1,4 @@
-"""What must survive: a killed worker, a killed api, a stopped system, a killed supervisor."""
+"""What `up` does when it or its parts are killed or frozen; for other failures see tests/failures."""
 
 from __future__ import annotations
 

@@ -1,0 +1,60 @@
+"""A Redis of each kind, and a deployment on it, for every test anew: these tests break what they use."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from engines.compile.build import BuildSettings, build_bundle, num_pieces
+from engines.compile.progress import BuildProgress
+from server.queue.embedded import find_server
+from tests.engines.tiny import make_tiny_checkpoint
+from tests.failures.deployment import Deployment
+from tests.failures.processes import RedisServer
+
+MAX_BATCH = 8
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An eager bundle of a tiny student: what is tested here is everything around the engine."""
+    folder = tmp_path_factory.mktemp("failures")
+    settings = BuildSettings(
+        student=make_tiny_checkpoint(folder / "student"),
+        out=folder / "bundle",
+        batch_sizes=(1, 2, 4, MAX_BATCH),
+        backends=("eager",),
+        num_threads=1,
+        num_jobs=1,
+        decode_dtype="float32",
+        force=False,
+        allow_eager=False,
+    )
+    with BuildProgress(Console(quiet=True), num_pieces(settings)) as progress:
+        build_bundle(settings, progress)
+    return settings.out
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def redis_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisServer]:
+    """The embedded Valkey's binary, and Debian's redis-server where installed."""
+    if request.param == "valkey":
+        binary = find_server()
+    elif (found := shutil.which("redis-server")) is not None:
+        binary = Path(found)
+    else:
+        pytest.skip("redis-server is not installed (apt install redis-server)")
+    server = RedisServer(binary, tmp_path).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def deployment(redis_server: RedisServer, bundle: Path, tmp_path: Path) -> Iterator[Deployment]:
+    deployment = Deployment(tmp_path, bundle, redis_server)
+    yield deployment
+    deployment.close()

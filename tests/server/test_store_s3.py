@@ -1,0 +1,132 @@
+"""The result store on S3, against a real server process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import s3fs
+
+from server.store import ResultStore
+from tests.s3_server import BUCKET, environment_of, files_of, free_port, running_s3
+
+KEY = "img_1/1-0.png"
+
+
+@pytest.fixture(scope="module")
+def server_port() -> Iterator[int]:
+    port = free_port()
+    with running_s3(port):
+        yield port
+
+
+@pytest.fixture
+def lead_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Have the environment lead to a port, and fsspec know no other."""
+
+    def lead_to(port: int) -> None:
+        for name, value in environment_of(port).items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()  # it would hand out the one for another endpoint
+
+    yield lead_to
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def s3_port(server_port: int, lead_to: Callable[[int], None]) -> int:
+    lead_to(server_port)
+    behind = files_of(server_port)
+    if left := behind.find(BUCKET):
+        behind.rm(left)
+    return server_port
+
+
+@pytest.fixture
+def store(s3_port: int) -> ResultStore:
+    return ResultStore(f"s3://{BUCKET}/some/prefix")
+
+
+def test_bytes_come_back_until_they_are_deleted(store: ResultStore) -> None:
+    store.check()
+    assert not store.exists(KEY)
+    store.put(KEY, b"one", "image/png")
+    store.put(KEY, b"two", "image/png")
+    assert store.exists(KEY)
+    assert store.get(KEY) == b"two"
+    store.delete(KEY)
+    store.delete(KEY)
+    assert not store.exists(KEY)
+    with pytest.raises(FileNotFoundError):
+        store.get(KEY)
+
+
+def test_objects_lie_under_the_prefix_with_their_type(store: ResultStore, s3_port: int) -> None:
+    store.put(KEY, b"x", "image/webp")
+
+    behind = files_of(s3_port)
+    assert behind.find(BUCKET) == [f"{BUCKET}/some/prefix/{KEY}"]
+    assert behind.info(f"{BUCKET}/some/prefix/{KEY}")["ContentType"] == "image/webp"
+
+
+def test_another_process_s_changes_are_seen_at_once(store: ResultStore, s3_port: int) -> None:
+    store.put(KEY, b"x", "image/png")
+    assert list(store.listing()) == [KEY]
+    behind = files_of(s3_port)
+    behind.rm(f"{BUCKET}/some/prefix/{KEY}")
+
+    assert not store.exists(KEY)
+    behind.pipe_file(f"{BUCKET}/some/prefix/img_2/1-0.png", b"y")
+    assert list(store.listing()) == ["img_2/1-0.png"]
+    assert store.exists("img_2/1-0.png")
+
+
+def test_sweep_takes_what_is_old_and_nothing_beside_the_prefix(store: ResultStore, s3_port: int) -> None:
+    for index in range(20):
+        store.put(f"img_{index}/1-0.png", b"x", "image/png")
+    files_of(s3_port).pipe_file(f"{BUCKET}/some/other.png", b"not ours")
+
+    assert store.sweep(older_than_s=3600) == 0
+    assert store.sweep(older_than_s=-3600) == 20  # everything is older than in an hour
+    assert files_of(s3_port).find(BUCKET) == [f"{BUCKET}/some/other.png"]
+
+
+def test_many_threads_share_one_store(store: ResultStore) -> None:
+    def round_trip(index: int) -> bool:
+        key, data = f"img_{index}/1-0.png", bytes([index]) * 100_000
+        store.put(key, data, "image/png")
+        return store.exists(key) and store.get(key) == data
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(round_trip, range(32)))
+
+
+def test_store_that_is_down_is_an_oserror_for_every_verb(lead_to: Callable[[int], None]) -> None:
+    lead_to(free_port())
+    store = ResultStore(f"s3://{BUCKET}/some/prefix")
+    verbs: list[Callable[[], object]] = [
+        store.check,
+        lambda: store.put(KEY, b"x", "image/png"),
+        lambda: store.get(KEY),
+        lambda: store.exists(KEY),
+        lambda: store.delete(KEY),
+        store.listing,
+        lambda: store.sweep(0),
+    ]
+    for verb in verbs:
+        with pytest.raises(OSError, match="result store") as caught:
+            verb()
+        assert not isinstance(caught.value, FileNotFoundError)
+
+
+def test_bucket_that_is_not_there_is_no_expired_result(store: ResultStore) -> None:
+    elsewhere = ResultStore("s3://no-such-bucket/prefix")
+
+    with pytest.raises(FileNotFoundError):
+        elsewhere.check()
+    with pytest.raises(OSError, match="no such bucket") as caught:
+        elsewhere.get(KEY)
+    assert not isinstance(caught.value, FileNotFoundError)
+    with pytest.raises(OSError, match="bucket"):
+        elsewhere.put(KEY, b"x", "image/png")
