@@ -9,9 +9,16 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from engines.compile.cli import add_bench_parser, add_build_parser, add_inspect_parser, add_verify_parser
+from engines.compile.cli import (
+    add_adopt_parser,
+    add_bench_parser,
+    add_build_parser,
+    add_inspect_parser,
+    add_sign_parser,
+    add_verify_parser,
+)
 from engines.demo.cli import add_demo_parser
-from engines.distill.cli import add_distill_parser, add_gate_parser
+from engines.distill.cli import add_ablate_parser, add_distill_parser, add_gate_parser
 from engines.errors import EngineError
 
 EXIT_ERROR = 2
@@ -27,8 +34,11 @@ def make_parser() -> argparse.ArgumentParser:
     add_demo_parser(commands)
     add_distill_parser(commands)
     add_gate_parser(commands)
+    add_ablate_parser(commands)
+    add_adopt_parser(commands)
     add_build_parser(commands)
     add_verify_parser(commands)
+    add_sign_parser(commands)
     add_inspect_parser(commands)
     add_bench_parser(commands)
     return parser

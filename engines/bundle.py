@@ -1,6 +1,7 @@
 """The engine bundle: its manifest, its hashes, its latency table, and what is refused. No torch here.
 
 DIR/manifest.json    this module's `Manifest`, written last: a directory without it is not a bundle
+DIR/manifest.sig     who built it, where that matters (`engines.signature`)
 DIR/checkpoint/      the student, a diffusers directory; the only copy of the weights
 DIR/engines/         compiled code (*.pt2) and what it needs besides the weights (*.safetensors)
 DIR/report/          what the quality gate left, for people
@@ -15,16 +16,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from engines.bucket import Bucket
 from engines.errors import BundleError
-from engines.platform import Mismatch, Platform, compare_platforms, current_platform
+from engines.platform import (
+    Device,
+    Mismatch,
+    Platform,
+    compare_for_plan,
+    compare_platforms,
+    current_platform,
+    list_gpus,
+)
 
 __all__ = [
     "MANIFEST",
+    "SIGNATURE",
     "EngineFile",
     "FileHash",
+    "GateCriterion",
     "GateVerdict",
     "LatencyRow",
     "Manifest",
@@ -36,17 +55,24 @@ __all__ = [
     "content_version",
     "current_platform",
     "hash_files",
+    "list_gpus",
     "read_manifest",
     "verify_files",
     "write_manifest",
 ]
 
 MANIFEST: Final = "manifest.json"
-SCHEMA_VERSION: Final = 1
+SIGNATURE: Final = "manifest.sig"
+SCHEMA_VERSION: Final[Literal[4]] = 4
+READABLE_VERSIONS: Final = (1, 2, 3, 4)
+"""Version 1 had one part and one output per stage, and images only; version 2 no criteria of the gate;
+version 3 no GPUs."""
 
-Backend = Literal["eager", "aotinductor"]
+Backend = Literal["eager", "aotinductor", "tensorrt"]
 StageName = Literal["text", "denoise", "decode"]
-DType = Literal["float32", "bfloat16", "int64", "uint8"]
+DType = Literal["float32", "bfloat16", "float16", "int64", "uint8"]
+ComputeDType = Literal["float32", "bfloat16", "float16", "float8"]
+"""`float8`: matrix products of large layers in float8 (`compile/fp8.py`), all else in bfloat16."""
 
 
 def _parse_bucket(value: object) -> Bucket:
@@ -77,29 +103,56 @@ class StageSpec(_Model):
     """What one stage takes and gives, and where its weights lie."""
 
     name: StageName
-    part: str
-    """Folder under `checkpoint/` that holds the weights."""
+    parts: tuple[str, ...] = Field(min_length=1)
+    """Folders under `checkpoint/` that hold the weights."""
     bucket: BucketLabel | None
     """None for text, which no bucket changes."""
     inputs: tuple[TensorSpec, ...]
-    output: TensorSpec
-    compute_dtype: DType = "float32"
-    """What compiled code computes in; eager is always float32, and the reference."""
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    compute_dtype: ComputeDType = "float32"
+    """What compiled code computes in, and on a GPU eager where it serves. The reference is eager in
+    float32."""
+
+    @property
+    def label(self) -> str:
+        """`text`, `denoise-64x64`: for people and file names."""
+        return self.name if self.bucket is None else f"{self.name}-{self.bucket.label}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_version_1(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            old = {"part": "parts", "output": "outputs"}
+            return {old.get(key, key): (value,) if key in old else value for key, value in data.items()}
+        return data
 
 
 class EngineFile(_Model):
-    """One compiled package."""
+    """One compiled package, or one TensorRT plan."""
 
     stage: StageName
     bucket: BucketLabel | None
-    backend: Literal["aotinductor"]
+    backend: Literal["aotinductor", "tensorrt"]
     min_batch: int
     max_batch: int
     path: str
-    constants: str
-    """Safetensors with what the package needs besides the checkpoint; the names of both are in its header."""
+    constants: str = ""
+    """Safetensors with what the package needs besides the checkpoint; the names of both are in its header.
+    Empty for a plan, which holds its weights."""
     key: str
-    """Hash of all the code was compiled from except the weights; a file with this key is not rebuilt."""
+    """Hash of all the code was compiled from; a file with this key is not rebuilt. A package has no weights,
+    and its key none of them."""
+    profiles: tuple[tuple[int, int], ...] = ()
+    """Batch sizes of each of a plan's optimization profiles, smallest and largest."""
+    scratch_bytes: int = 0
+    """Memory that a plan wants for a run, beside its weights, inputs and outputs."""
+    report: str = ""
+    """What TensorRT's engine inspector says of a plan, as JSON."""
+    fused_attention: int | None = None
+    """Layers of a plan that are fused attention, by that report; None: it is no plan, or the report has no
+    such detail."""
+    verified_on: str = ""
+    """Where this very file was run and compared with eager; empty: nowhere."""
 
 
 class LatencyRow(_Model):
@@ -110,6 +163,15 @@ class LatencyRow(_Model):
     batch: int
     backend: Backend
     ms: float
+    graph_ms: float | None = None
+    """The same replayed as a CUDA graph; None where that was not measured or cannot be."""
+    peak_bytes: int | None = None
+    """Memory that the call takes beyond weights and inputs; measured on a GPU, None elsewhere."""
+
+    @property
+    def served_ms(self) -> float:
+        """What a call takes as it is served: by a graph where that is faster."""
+        return self.ms if self.graph_ms is None else min(self.ms, self.graph_ms)
 
 
 class ParityRow(_Model):
@@ -131,25 +193,44 @@ class FileHash(_Model):
     size_bytes: int = Field(ge=0)
 
 
+class GateCriterion(_Model):
+    """One condition of passing the gate, with the numbers that decided it."""
+
+    text: str
+    passed: bool
+
+
 class GateVerdict(_Model):
     """What the quality gate said of this student."""
 
     passed: bool | None
     """None: the student never went through the gate."""
     forced: bool
-    """Built with --force although the gate failed."""
+    """Built with --force although the gate had failed, or was never asked."""
+    criteria: tuple[GateCriterion, ...] = ()
+    """In bundles older than version 3 they are only in `student`."""
+
+    @property
+    def summary(self) -> str:
+        """The verdict in a word or two: `passed`, `failed`, `never gated`, and `, forced`."""
+        verdict = {True: "passed", False: "failed", None: "never gated"}[self.passed]
+        return verdict + (", forced" if self.forced else "")
 
 
 class Manifest(_Model):
     """Everything a server must know of a bundle; README.md explains the fields."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2, 3, 4]
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
     kind: Literal["image", "video"]
+    fps: int | None = Field(default=None, ge=1)
+    """Frames per second of a video; None for images."""
     family: str
     version: str = Field(pattern=r"^[0-9a-f]{12}$")
     created: str
     software: dict[str, str]
+    device: Device = "cpu"
+    """What it was compiled for and measured on."""
     platform: Platform
     buckets: list[BucketLabel] = Field(min_length=1)
     num_steps: list[int] = Field(min_length=1)
@@ -173,8 +254,13 @@ class Manifest(_Model):
 
     @property
     def backend(self) -> Backend:
-        """The fastest backend this bundle was built for."""
-        return "aotinductor" if self.engines else "eager"
+        """The backend that was listed first when this bundle was built; eager if there is no other."""
+        return self.compiled_backends[0] if self.engines else "eager"
+
+    @property
+    def compiled_backends(self) -> list[Literal["aotinductor", "tensorrt"]]:
+        """Those that it has engines for, in the order in which they are to be tried."""
+        return list(dict.fromkeys(engine.backend for engine in self.engines))
 
     @property
     def max_batch(self) -> int:
@@ -192,7 +278,7 @@ class Manifest(_Model):
         """
         backend = backend or self.backend
         points = sorted(
-            (row.batch, row.ms)
+            (row.batch, row.served_ms)
             for row in self.latency
             if (row.stage, row.backend) == (stage, backend) and row.bucket in (None, bucket)
         )
@@ -245,9 +331,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise BundleError(MANIFEST, f"not JSON ({error})") from None
     if not isinstance(data, dict):
         raise BundleError(MANIFEST, f"a JSON object is expected, not {type(data).__name__}")
-    if data.get("schema_version") != SCHEMA_VERSION:
-        found = data.get("schema_version")
-        raise BundleError("schema_version", f"this version reads {SCHEMA_VERSION}, the bundle has {found!r}")
+    if data.get("schema_version") not in READABLE_VERSIONS:
+        found, readable = data.get("schema_version"), ", ".join(map(str, READABLE_VERSIONS))
+        raise BundleError(
+            "schema_version", f"this version reads {readable}, the bundle has {found!r}; build it again"
+        )
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
@@ -264,8 +352,8 @@ def _check_references(manifest: Manifest) -> None:
         if path.is_absolute() or ".." in path.parts or name != str(path):
             raise BundleError(f"files.{name}", "must be a plain path inside the bundle")
     for engine in manifest.engines:
-        for field in ("path", "constants"):
-            if getattr(engine, field) not in manifest.files:
+        for field in ("path", "constants", "report"):
+            if getattr(engine, field) not in {"", *manifest.files}:
                 raise BundleError(f"engines.{field}", f"{getattr(engine, field)} is not among files")
     for num_steps in manifest.num_steps:
         if len(manifest.timesteps.get(num_steps, ())) != num_steps:
@@ -279,9 +367,13 @@ def _check_references(manifest: Manifest) -> None:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `directory/manifest.json` in one move: readers see the old one or the new one, never half."""
+    """Write `directory/manifest.json` in one move: readers see the old one or the new one, never half.
+
+    A signature of the old one is taken away.
+    """
     partial = Path(directory) / f".{MANIFEST}.partial"
     partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (Path(directory) / SIGNATURE).unlink(missing_ok=True)
     partial.replace(Path(directory) / MANIFEST)
 
 
@@ -293,7 +385,7 @@ def hash_file(path: Path) -> FileHash:
 
 
 def hash_files(directory: Path) -> dict[str, FileHash]:
-    """Hash every file under `directory`, the manifest and dot-files aside.
+    """Hash every file under `directory`, the manifest, its signature and dot-files aside.
 
     Returns:
         Hashes by path relative to `directory`, with forward slashes, sorted.
@@ -304,7 +396,7 @@ def hash_files(directory: Path) -> dict[str, FileHash]:
 def _names(directory: Path) -> list[str]:
     paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     names = (path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
-    return sorted(name for name in names if name != MANIFEST)
+    return sorted(name for name in names if name not in (MANIFEST, SIGNATURE))
 
 
 def content_version(files: Mapping[str, FileHash]) -> str:
@@ -346,8 +438,17 @@ def verify_files(directory: Path, manifest: Manifest | None = None) -> Manifest:
     return manifest
 
 
-def check_platform(manifest: Manifest, platform: Platform | None = None) -> list[Mismatch]:
-    """What keeps this bundle's compiled code from running here; empty when it fits, or when there is none."""
+def check_platform(
+    manifest: Manifest, platform: Platform | None = None, backend: Backend | None = None
+) -> list[Mismatch]:
+    """What keeps this bundle's compiled code from running here; empty when it fits, or when there is none.
+
+    Args:
+        manifest: of the bundle.
+        platform: by default this machine.
+        backend: whose code; by default that of `manifest.backend`.
+    """
     if not manifest.engines:
         return []
-    return compare_platforms(manifest.platform, platform or current_platform())
+    compare = compare_for_plan if (backend or manifest.backend) == "tensorrt" else compare_platforms
+    return compare(manifest.platform, platform or current_platform(manifest.device))

@@ -23,6 +23,12 @@ class TrainingError(EngineError):
     code = "training_failed"
 
 
+class GateError(EngineError):
+    """A student could not be measured to the end; what was measured is kept."""
+
+    code = "gate_failed"
+
+
 class CheckpointError(EngineError):
     """A diffusers directory, or a file or field in it, cannot be used."""
 
@@ -53,6 +59,12 @@ class ParityError(EngineError):
     """A compiled stage does not agree with the eager one."""
 
     code = "parity_failed"
+
+
+class MemoryPlanError(EngineError):
+    """A bundle does not fit into the device's free memory; the message is the sum, line by line."""
+
+    code = "out_of_memory"
 
 
 class NonFiniteError(EngineError):

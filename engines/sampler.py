@@ -11,19 +11,21 @@ from engines.denoiser import Conditioning, Denoiser, concat, x0_to_eps
 from engines.schedule import CLEAN, NoiseSchedule
 
 OnStep = Callable[[int, Tensor], None]
-"""Called after step i (from 0) with that step's x0, (B, C, h, w) fp32."""
+"""Called after step i (from 0) with that step's x0, (B, C, ...) fp32."""
 
 
 def ddim_step(x0: Tensor, eps: Tensor, schedule: NoiseSchedule, next_timesteps: Tensor) -> Tensor:
     """Move to the next noise level along the probability-flow ODE (DDIM with eta 0, arXiv:2010.02502 Eq. 12).
 
+    For flow models this is Euler's step.
+
     Args:
-        x0, eps: (B, C, h, w), the current prediction.
+        x0, eps: (B, C, ...), the current prediction.
         next_timesteps: (B,) int64, each row its own; `CLEAN` gives x0.
     Returns:
-        (B, C, h, w) latents at `next_timesteps`.
+        (B, C, ...) latents at `next_timesteps`.
     """
-    alpha, sigma = schedule.at(next_timesteps)
+    alpha, sigma = schedule.at(next_timesteps, x0.ndim)
     return alpha * x0 + sigma * eps
 
 
@@ -43,13 +45,13 @@ def sample(
     A distilled student has the guidance in its weights and needs neither `guidance_scale` nor `uncond`.
 
     Args:
-        latents: (B, C, h, w) unit-variance noise.
+        latents: (B, C, ...) unit-variance noise.
         timesteps: strictly decreasing, see `student_timesteps`; the last step lands on clean latents.
         guidance_scale: classifier-free guidance, `x0 = x0_uncond + scale (x0_cond - x0_uncond)`.
         uncond: conditioning of the empty prompt, one row or B rows; needed when `guidance_scale` is not 1.
         on_step: told of every step, for previews and progress.
     Returns:
-        (B, C, h, w) fp32 clean latents, before the VAE's scaling.
+        (B, C, ...) fp32 clean latents, before the VAE's scaling.
     Raises:
         ValueError: `timesteps` are not strictly decreasing, or guidance without `uncond`.
     """
@@ -68,11 +70,11 @@ def sample(
     for step, (timestep, next_timestep) in enumerate(zip(timesteps, [*timesteps[1:], CLEAN], strict=True)):
         now = torch.full((batch,), timestep, device=latents.device)
         if guided:
-            x0_cond, x0_uncond = denoiser(latents.repeat(2, 1, 1, 1), now.repeat(2), cond).chunk(2)
+            x0_cond, x0_uncond = denoiser(torch.cat([latents, latents]), now.repeat(2), cond).chunk(2)
             x0 = x0_uncond + guidance_scale * (x0_cond - x0_uncond)
         else:
             x0 = denoiser(latents, now, cond)
-        eps = x0_to_eps(x0, latents, *denoiser.schedule.at(now))
+        eps = x0_to_eps(x0, latents, *denoiser.schedule.at(now, latents.ndim))
         latents = ddim_step(x0, eps, denoiser.schedule, torch.full_like(now, next_timestep))
         if on_step is not None:
             on_step(step, x0)

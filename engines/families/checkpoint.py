@@ -39,6 +39,20 @@ def read_config(part: Path) -> dict[str, Any]:
     return read_json(part / "config.json")
 
 
+def read_part_config(part: Path, expected: str) -> dict[str, Any]:
+    """Read `part/config.json` and check that it describes the class `expected`.
+
+    Raises:
+        CheckpointError: the part is missing, or is of another class.
+    """
+    config = read_config(part)
+    names = [config.get("_class_name"), *config.get("architectures", ())]
+    if expected not in names:
+        found = next((name for name in names if name), None)
+        raise CheckpointError(f"{part.name}/config.json: {expected} is expected, not {found}")
+    return config
+
+
 def weight_files(part: Path) -> list[Path]:
     """The safetensors files of one part: one file, or the shards that an index names.
 

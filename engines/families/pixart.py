@@ -11,26 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
+from engines.bucket import Bucket
 from engines.bundle import StageSpec, TensorSpec
-from engines.denoiser import is_step_aware, size_conditions
+from engines.denoiser import Conditioning
 from engines.errors import CheckpointError
-from engines.families.checkpoint import read_config, read_json
-from engines.families.spec import FamilySpec
+from engines.families.checkpoint import read_json, read_part_config
+from engines.families.image_vae import DecodeStage, load_decoder, load_vae, pixels_per_cell
+from engines.families.prompts import PromptEncoder
+from engines.families.spec import FamilySpec, check_multiples
 from engines.families.student import Student
+from engines.families.t5 import load_t5
+from engines.families.tokenizer import PromptTokenizers
 from engines.families.weights import fill, load_weights
+
+__all__ = [
+    "FAMILY",
+    "STEPS_EMBEDDING_KEY",
+    "DecodeStage",
+    "StepAwareEmbeddings",
+    "TextStage",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "make_step_aware",
+    "predict",
+    "size_conditions",
+]
 
 STEPS_EMBEDDING_KEY = "adaln_single.emb.steps_embedding.weight"
 
-PART_CLASSES = {
-    "text_encoder": "T5EncoderModel",
-    "transformer": "PixArtTransformer2DModel",
-    "vae": "AutoencoderKL",
-}
+MAX_TEXT_TOKENS = 120
+"""What published PixArt-alpha was trained with, far below its tokenizer's limit."""
 
 
 class StepAwareEmbeddings(PixArtAlphaCombinedTimestepSizeEmbeddings):
@@ -84,7 +99,7 @@ class StepAwareEmbeddings(PixArtAlphaCombinedTimestepSizeEmbeddings):
 def make_step_aware(transformer: PixArtTransformer2DModel, max_num_steps: int = 4) -> None:
     """Replace the timestep embedding by a `StepAwareEmbeddings`, in place; weights and their keys stay."""
     adaln = transformer.adaln_single
-    if not isinstance(adaln.emb, StepAwareEmbeddings):
+    if not hasattr(adaln.emb, "steps_embedding"):
         adaln.emb = StepAwareEmbeddings(adaln.emb, max_num_steps)
 
 
@@ -102,43 +117,68 @@ def load_transformer(directory: Path, dtype: torch.dtype = torch.float32) -> Pix
         CheckpointError: config or weights are missing, damaged, or do not fit each other.
     """
     part = Path(directory) / "transformer"
-    transformer: Any = PixArtTransformer2DModel.from_config(read_part_config(part))
+    config = read_part_config(part, "PixArtTransformer2DModel")
+    transformer: Any = PixArtTransformer2DModel.from_config(config)
     weights = load_weights(part)
     if STEPS_EMBEDDING_KEY in weights:
         make_step_aware(transformer, max_num_steps=weights[STEPS_EMBEDDING_KEY].shape[0] - 1)
     return fill(transformer, weights, part, dtype)
 
 
-def load_vae(directory: Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """Load `directory/vae`; raises as `load_transformer`."""
-    part = Path(directory) / "vae"
-    vae: Any = AutoencoderKL.from_config(read_part_config(part))
-    return fill(vae, load_weights(part), part, dtype)
-
-
 def load_text_encoder(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load `directory/text_encoder`, a T5 encoder; raises as `load_transformer`."""
-    from transformers.models.t5.configuration_t5 import T5Config
-    from transformers.models.t5.modeling_t5 import T5EncoderModel
-
-    part = Path(directory) / "text_encoder"
-    encoder: nn.Module = T5EncoderModel(T5Config(**read_part_config(part)))
-    return fill(encoder, load_weights(part), part, dtype)
+    return load_t5(Path(directory) / "text_encoder", dtype)
 
 
-def read_part_config(part: Path) -> dict[str, Any]:
-    """Read `part/config.json` and check that it describes the class this family uses there.
+def predict(network: nn.Module, latents: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
+    """Call the transformer.
 
-    Raises:
-        CheckpointError: the part is missing, or is of another class.
+    Args:
+        network: a `PixArtTransformer2DModel`, step-aware or not.
+        latents: (B, C, h, w).
+        times: (B,) timesteps.
+        cond: B rows; `num_steps` reaches the network only if it is step-aware.
+
+    Returns:
+        (B, C, h, w) noise or velocity in the network's dtype, without a learned variance.
     """
-    config = read_config(part)
-    expected = PART_CLASSES[part.name]
-    names = [config.get("_class_name"), *config.get("architectures", ())]
-    if expected not in names:
-        found = next((name for name in names if name), None)
-        raise CheckpointError(f"{part.name}/config.json: {expected} is expected, not {found}")
-    return config
+    transformer: Any = network
+    dtype = next(network.parameters()).dtype
+    added = size_conditions(network, latents)
+    if hasattr(transformer.adaln_single.emb, "steps_embedding"):
+        added["num_steps"] = cond.num_steps
+    sample: Tensor = transformer(
+        latents.to(dtype),
+        encoder_hidden_states=cond.text.to(dtype),
+        timestep=times,
+        encoder_attention_mask=cond.mask,
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+    # published PixArt-alpha also predicts a variance, in a second half of its channels; DDIM needs none
+    return sample[:, : latents.shape[1]]
+
+
+def size_conditions(network: nn.Module, latents: Tensor) -> dict[str, Tensor | None]:
+    """PixArt's micro-conditions, the picture's size and shape, for the 1024-pixel models trained with them.
+
+    Args:
+        network: the transformer.
+        latents: (B, C, h, w), of 8 pixels per cell.
+
+    Returns:
+        `resolution` (B, 2) and `aspect_ratio` (B, 1) in `latents`' dtype, or None for models without them.
+    """
+    config: Any = network.config
+    enabled = config.use_additional_conditions
+    if enabled is None:  # diffusers' own default
+        enabled = config.sample_size == 128
+    if not enabled:
+        return {"resolution": None, "aspect_ratio": None}
+    batch, _, h, w = latents.shape
+    # not `new_tensor`: an exported program would hold it as a constant that the compiler renames
+    sides = [latents.new_full((batch,), side * 8) for side in (h, w)]
+    return {"resolution": torch.stack(sides, dim=1), "aspect_ratio": latents.new_full((batch, 1), h / w)}
 
 
 class TextStage(nn.Module):
@@ -163,17 +203,11 @@ class TextStage(nn.Module):
 
 
 class DenoiseStage(nn.Module):
-    """One denoiser call, without the noise schedule: the network's own prediction.
-
-    The second half of a learned-sigma network's channels is dropped; micro-conditions, which depend on the
-    latents' shape alone, are made inside.
-    """
+    """One denoiser call, without the noise schedule: the network's own prediction."""
 
     def __init__(self, transformer: PixArtTransformer2DModel) -> None:
         super().__init__()
         self.transformer = transformer
-        self.step_aware = is_step_aware(transformer)
-        self.dtype = next(transformer.parameters()).dtype
 
     def forward(
         self, latents: Tensor, timestep: Tensor, text: Tensor, mask: Tensor, num_steps: Tensor
@@ -190,47 +224,7 @@ class DenoiseStage(nn.Module):
         Returns:
             (B, C, h, w) float32: noise or velocity, as the checkpoint's scheduler config says.
         """
-        latents = latents.to(self.dtype)
-        conditions = size_conditions(self.transformer, latents)
-        if self.step_aware:
-            conditions["num_steps"] = num_steps
-        prediction: Tensor = self.transformer(
-            latents,
-            encoder_hidden_states=text.to(self.dtype),
-            timestep=timestep,
-            encoder_attention_mask=mask,
-            added_cond_kwargs=conditions,
-            return_dict=False,
-        )[0]
-        return prediction[:, : latents.shape[1]].float()
-
-
-class DecodeStage(nn.Module):
-    """Latents to pixels, scaling and rounding included."""
-
-    def __init__(self, vae: AutoencoderKL) -> None:
-        super().__init__()
-        self.scaling_factor = float(vae.config.scaling_factor)
-        # only what decoding needs: the encoder is half of the weights
-        self.post_quant_conv = vae.post_quant_conv
-        self.decoder = vae.decoder.to(memory_format=torch.channels_last)
-        self.dtype = next(vae.decoder.parameters()).dtype
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """Decode.
-
-        Args:
-            latents: (B, C, h, w) float32 clean latents.
-
-        Returns:
-            (B, H, W, 3) uint8.
-        """
-        latents = (latents / self.scaling_factor).to(self.dtype, memory_format=torch.channels_last)
-        if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        pixels: Tensor = self.decoder(latents)
-        pixels = (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0
-        return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return predict(self.transformer, latents, timestep, Conditioning(text, mask, num_steps)).float()
 
 
 def stages(directory: Path, student: Student) -> list[StageSpec]:
@@ -239,14 +233,13 @@ def stages(directory: Path, student: Student) -> list[StageSpec]:
     Raises:
         CheckpointError: a config is missing or lacks a field, or the parts do not fit each other.
     """
-    text_config = read_part_config(directory / "text_encoder")
-    config = read_part_config(directory / "transformer")
-    vae_config = read_part_config(directory / "vae")
+    text_config = read_part_config(directory / "text_encoder", "T5EncoderModel")
+    config = read_part_config(directory / "transformer", "PixArtTransformer2DModel")
+    vae_config = read_part_config(directory / "vae", "AutoencoderKL")
     scheduler = read_json(directory / "scheduler" / "scheduler_config.json")
     try:
         text_dim, vocab_size = int(text_config["d_model"]), int(text_config["vocab_size"])
         channels = int(config["in_channels"])
-        h, w = _latent_size(student, vae_config, config)
         if config["caption_channels"] != text_dim:
             raise CheckpointError(
                 f"transformer/config.json: caption_channels is {config['caption_channels']}, "
@@ -261,23 +254,24 @@ def stages(directory: Path, student: Student) -> list[StageSpec]:
     except KeyError as error:
         raise CheckpointError(f"{directory}: a config lacks the field {error.args[0]}") from None
     length, bucket = student.max_text_tokens, student.bucket
+    shape = latent_shape(directory, bucket)
     mask = TensorSpec(name="mask", dtype="int64", shape=(length,), maximum=1)
-    latents = TensorSpec(name="latents", dtype="float32", shape=(channels, h, w))
+    latents = TensorSpec(name="latents", dtype="float32", shape=shape)
     text = TensorSpec(name="text", dtype="float32", shape=(length, text_dim))
     return [
         StageSpec(
             name="text",
-            part="text_encoder",
+            parts=("text_encoder",),
             bucket=None,
             inputs=(
                 TensorSpec(name="input_ids", dtype="int64", shape=(length,), maximum=vocab_size - 1),
                 mask,
             ),
-            output=text,
+            outputs=(text,),
         ),
         StageSpec(
             name="denoise",
-            part="transformer",
+            parts=("transformer",),
             bucket=bucket,
             inputs=(
                 latents,
@@ -286,30 +280,56 @@ def stages(directory: Path, student: Student) -> list[StageSpec]:
                 mask,
                 TensorSpec(name="num_steps", dtype="int64", shape=(), maximum=max(student.num_steps)),
             ),
-            output=latents.model_copy(update={"name": "prediction"}),
+            outputs=(latents.model_copy(update={"name": "prediction"}),),
         ),
         StageSpec(
             name="decode",
-            part="vae",
+            parts=("vae",),
             bucket=bucket,
             inputs=(latents,),
-            output=TensorSpec(name="pixels", dtype="uint8", shape=(bucket.height, bucket.width, 3)),
+            outputs=(TensorSpec(name="pixels", dtype="uint8", shape=(bucket.height, bucket.width, 3)),),
         ),
     ]
 
 
-def _latent_size(
-    student: Student, vae_config: dict[str, Any], transformer_config: dict[str, Any]
-) -> tuple[int, int]:
-    """Latent cells of the student's picture; a picture must be whole patches of whole cells."""
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    unit = factor * int(transformer_config["patch_size"])
-    for field in ("height", "width"):
-        if getattr(student, field) % unit:
-            raise CheckpointError(
-                f"student.json: field {field}: {getattr(student, field)} is not a multiple of {unit}"
-            )
-    return student.height // factor, student.width // factor
+def native_bucket(directory: Path) -> Bucket:
+    """The picture size that the transformer was trained at; raises as `latent_shape`."""
+    config = read_part_config(directory / "transformer", "PixArtTransformer2DModel")
+    vae_config = read_part_config(directory / "vae", "AutoencoderKL")
+    try:
+        pixels = int(config["sample_size"]) * pixels_per_cell(vae_config)
+    except KeyError as error:
+        raise CheckpointError(f"{directory}: a config lacks the field {error.args[0]}") from None
+    return Bucket(pixels, pixels)
+
+
+def latent_shape(directory: Path, bucket: Bucket) -> tuple[int, int, int]:
+    """Shape of one row of latents, (C, h, w); a picture must be whole patches of whole cells.
+
+    Raises:
+        CheckpointError: it is not, or a config is missing or lacks a field.
+    """
+    config = read_part_config(directory / "transformer", "PixArtTransformer2DModel")
+    vae_config = read_part_config(directory / "vae", "AutoencoderKL")
+    try:
+        channels, cell = int(config["in_channels"]), pixels_per_cell(vae_config)
+        check_multiples(bucket, cell * int(config["patch_size"]))
+    except KeyError as error:
+        raise CheckpointError(f"{directory}: a config lacks the field {error.args[0]}") from None
+    return channels, bucket.height // cell, bucket.width // cell
+
+
+def native_max_tokens(directory: Path) -> int:
+    """The tokenizer's limit, at most 120, which is what PixArt-alpha was trained with."""
+    return PromptTokenizers("pixart", directory, limit=MAX_TEXT_TOKENS, convert=True).max_tokens
+
+
+def load_encoder(
+    directory: Path, *, max_tokens: int | None = None, device: torch.device | str = "cpu"
+) -> PromptEncoder:
+    """Load tokenizer and text encoder; `max_tokens` is the tokenizer's limit by default, at most 120."""
+    tokenizers = PromptTokenizers("pixart", directory, max_tokens, limit=MAX_TEXT_TOKENS, convert=True)
+    return PromptEncoder(tokenizers, TextStage(load_text_encoder(directory)), device=device)
 
 
 def load_stage(directory: Path, spec: StageSpec, dtype: torch.dtype) -> nn.Module:
@@ -328,4 +348,20 @@ def load_stage(directory: Path, spec: StageSpec, dtype: torch.dtype) -> nn.Modul
     return stage.eval()
 
 
-FAMILY = FamilySpec(name="pixart", stages=stages, load_stage=load_stage)
+FAMILY = FamilySpec(
+    name="pixart",
+    kind="image",
+    network_part="transformer",
+    steps_key=STEPS_EMBEDDING_KEY,
+    copied_parts=("tokenizer", "text_encoder", "vae", "scheduler"),
+    stages=stages,
+    load_stage=load_stage,
+    load_network=load_transformer,
+    make_step_aware=make_step_aware,
+    predict=predict,
+    native_bucket=native_bucket,
+    latent_shape=latent_shape,
+    native_max_tokens=native_max_tokens,
+    load_encoder=load_encoder,
+    load_decoder=load_decoder,
+)

@@ -31,6 +31,10 @@ class Student(BaseModel):
     max_text_tokens: int = Field(ge=1)
     height: int = Field(ge=1)
     width: int = Field(ge=1)
+    frames: int = Field(default=1, ge=1)
+    """Of a video, first and last included."""
+    fps: int = Field(default=8, ge=1)
+    """At which a video is meant to be played."""
     gate: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -43,11 +47,13 @@ class Student(BaseModel):
                 )
         if self.default_num_steps not in self.num_steps:
             raise ValueError(f"default_num_steps {self.default_num_steps} is not one of {self.num_steps}")
+        if self.kind == "image" and self.frames != 1:
+            raise ValueError(f"frames: an image has one, not {self.frames}")
         return self
 
     @property
     def bucket(self) -> Bucket:
-        return Bucket(self.height, self.width)
+        return Bucket(self.height, self.width, self.frames)
 
     @property
     def gate_passed(self) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,28 +17,102 @@ from engines.families.checkpoint import read_json
 TOKENIZER_FILE = "tokenizer.json"
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizerRules:
+    """How a family's diffusers pipeline tokenizes.
+
+    Attributes:
+        folders: the checkpoint's tokenizers; the input of the text stage that each fills has the same ending.
+        masked: the network does not look at padding, so its encoder and it get a mask.
+        cleaned: prompts are stripped and in lower case.
+    """
+
+    folders: tuple[str, ...]
+    masked: bool
+    cleaned: bool
+
+
+RULES = {
+    "pixart": TokenizerRules(("tokenizer",), masked=True, cleaned=True),
+    "sdxl": TokenizerRules(("tokenizer", "tokenizer_2"), masked=False, cleaned=False),
+    "cogvideox": TokenizerRules(("tokenizer",), masked=False, cleaned=False),
+}
+"""By family name. They stand here, and not in the families, because a worker does without diffusers."""
+
+
 def clean_prompt(prompt: str) -> str:
     """What `PixArtAlphaPipeline` does to every prompt, its optional caption cleaning aside."""
     return prompt.lower().strip()
 
 
+class PromptTokenizers:
+    """All tokenizers of a checkpoint: prompts to the inputs of its text stage.
+
+    Args:
+        family: as in `student.json`.
+        checkpoint: a diffusers directory.
+        max_tokens: length of every row; by default what the tokenizers say.
+        limit: of that default.
+        convert: read a folder without `tokenizer.json` through transformers.
+
+    Raises:
+        CheckpointError: as `PromptTokenizer`.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        checkpoint: Path,
+        max_tokens: int | None = None,
+        *,
+        limit: int | None = None,
+        convert: bool = False,
+    ) -> None:
+        self._rules = RULES[family]
+        folders = [Path(checkpoint) / name for name in self._rules.folders]
+        if max_tokens is None:
+            lengths = [_model_max_length(folder) for folder in folders]
+            max_tokens = min([*lengths, *([] if limit is None else [limit])])
+        self.max_tokens = max_tokens
+        self._tokenizers = [PromptTokenizer(folder, max_tokens, convert=convert) for folder in folders]
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Tokenize.
+
+        Returns:
+            `input_ids`, then `input_ids_2` or `mask` where the family has it; each (B, L) int64, `mask` 1 for
+            real tokens.
+        """
+        if self._rules.cleaned:
+            prompts = [clean_prompt(prompt) for prompt in prompts]
+        inputs: dict[str, Tensor] = {}
+        for folder, tokenizer in zip(self._rules.folders, self._tokenizers, strict=True):
+            ids, mask = tokenizer(prompts)
+            inputs[folder.replace("tokenizer", "input_ids")] = ids
+            if self._rules.masked:
+                inputs["mask"] = mask
+        return inputs
+
+
 class PromptTokenizer:
-    """Pads and truncates every prompt to one length, as the diffusers pipeline does.
+    """Pads and truncates every prompt to one length, as diffusers pipelines do.
 
     Args:
         directory: a checkpoint's `tokenizer/` folder.
         max_tokens: length of every row, end-of-sequence token included.
+        convert: read a folder without `tokenizer.json` through transformers.
 
     Raises:
         CheckpointError: the folder lacks `tokenizer.json`, or names no padding token.
     """
 
-    def __init__(self, directory: Path, max_tokens: int) -> None:
+    def __init__(self, directory: Path, max_tokens: int, *, convert: bool = False) -> None:
         path = directory / TOKENIZER_FILE
-        if not path.is_file():
+        if not path.is_file() and not convert:
             raise CheckpointError(f"{directory.name}/{TOKENIZER_FILE}: file is missing from {directory}")
+        text = path.read_text(encoding="utf-8") if path.is_file() else fast_tokenizer(directory)
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # noqa: BLE001  (the library raises bare Exception)
             raise CheckpointError(f"{directory.name}/{TOKENIZER_FILE}: {error}") from None
         pad_token = _pad_token(directory)
@@ -53,22 +128,26 @@ class PromptTokenizer:
         Returns:
             input_ids and mask, both (B, L) int64; mask is 1 for real tokens.
         """
-        encodings = self._tokenizer.encode_batch([clean_prompt(prompt) for prompt in prompts])
+        encodings = self._tokenizer.encode_batch(list(prompts))
         input_ids = torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64)
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64)
         return input_ids, mask
 
 
 def _pad_token(directory: Path) -> str:
-    config = read_json(directory / "tokenizer_config.json")
-    token = config.get("pad_token", "<pad>")
+    token = read_json(directory / "tokenizer_config.json").get("pad_token", "<pad>")
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def write_fast_tokenizer(directory: Path) -> None:
-    """Write `tokenizer.json` beside a sentencepiece model, once, so that nobody needs transformers later.
+def _model_max_length(directory: Path) -> int:
+    length = read_json(directory / "tokenizer_config.json").get("model_max_length")
+    if length is None:
+        raise CheckpointError(f"{directory.name}/tokenizer_config.json: field model_max_length is missing")
+    return int(length)
 
-    The published PixArt-alpha has `spiece.model` only.
+
+def fast_tokenizer(directory: Path) -> str:
+    """Content of a `tokenizer.json` for a folder that has only a sentencepiece model or a word list.
 
     Raises:
         CheckpointError: there is no tokenizer in the folder that transformers can read.
@@ -77,9 +156,18 @@ def write_fast_tokenizer(directory: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        text = tokenizer.backend_tokenizer.to_str()
+        return str(tokenizer.backend_tokenizer.to_str())
     except (OSError, ValueError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{directory.name}: {str(error).splitlines()[0]}") from None
-    (directory / TOKENIZER_FILE).write_text(
-        json.dumps(json.loads(text), ensure_ascii=False), encoding="utf-8"
-    )
+
+
+def write_fast_tokenizer(directory: Path) -> None:
+    """Write `tokenizer.json` beside a tokenizer of another form, so that nobody needs transformers later.
+
+    The published PixArt-alpha and CogVideoX have `spiece.model` only, SDXL `vocab.json` and `merges.txt`.
+
+    Raises:
+        CheckpointError: as `fast_tokenizer`.
+    """
+    text = json.dumps(json.loads(fast_tokenizer(directory)), ensure_ascii=False)
+    (directory / TOKENIZER_FILE).write_text(text, encoding="utf-8")

@@ -38,7 +38,9 @@ def fill(module: ModuleT, weights: dict[str, Tensor], part: Path, dtype: torch.d
     Raises:
         CheckpointError: a tensor of the module has no weight, has another shape, or a weight has no tensor.
     """
-    if any(tensor.dtype != dtype for tensor in module.parameters()):
+    # buffers too: CogVideoX makes its table of positions in float64, 270 MB for the 2B model
+    floats = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
+    if any(tensor.dtype != dtype for tensor in floats):
         nn.Module.to(module, dtype)  # not the model's own `to`, which logs advice for users of pipelines
     try:
         missing, unexpected = module.load_state_dict(weights, strict=False)

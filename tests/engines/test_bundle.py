@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engines.bucket import Bucket
 from engines.bundle import (
@@ -23,7 +24,7 @@ from engines.bundle import (
     write_manifest,
 )
 from engines.errors import BundleError
-from engines.platform import compare_platforms
+from engines.platform import Gpu, Platform, compare_platforms, parse_gpus
 
 BUCKET = Bucket(64, 64)
 
@@ -73,6 +74,37 @@ def test_directory_without_manifest_is_not_a_bundle(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
+def test_manifest_of_version_1_is_still_read(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    data = json.loads((bundle / "manifest.json").read_text())
+    del data["fps"]
+    for stage in data["stages"]:
+        (stage["part"],), (stage["output"],) = stage.pop("parts"), stage.pop("outputs")
+    (bundle / "manifest.json").write_text(json.dumps({**data, "schema_version": 1}))
+    assert read_manifest(bundle) == manifest.model_copy(update={"schema_version": 1})
+
+
+def test_manifest_of_version_3_is_of_a_bundle_for_the_cpu(bundle: Path) -> None:
+    data = json.loads((bundle / "manifest.json").read_text())
+    del data["device"]
+    for field in ("gpu", "compute_capability", "cuda", "driver"):
+        del data["platform"][field]
+    for row in data["latency"]:
+        del row["graph_ms"], row["peak_bytes"]
+    (bundle / "manifest.json").write_text(json.dumps({**data, "schema_version": 3}))
+    manifest = read_manifest(bundle)
+    assert (manifest.device, manifest.platform.gpu) == ("cpu", "")
+    assert manifest.latency[0].served_ms == manifest.latency[0].ms
+
+
+def test_manifest_of_version_2_has_no_criteria(bundle: Path) -> None:
+    data = json.loads((bundle / "manifest.json").read_text())
+    gate = {"passed": False, "forced": True}
+    (bundle / "manifest.json").write_text(json.dumps({**data, "schema_version": 2, "gate": gate}))
+    verdict = read_manifest(bundle).gate
+    assert (verdict.summary, verdict.criteria) == ("failed, forced", ())
+
+
 @pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "object"), ("\xff", "not JSON")])
 def test_manifest_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
@@ -84,7 +116,7 @@ def test_manifest_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"schema_version": 2}, "schema_version"),
+        ({"schema_version": 5}, "schema_version"),
         ({"name": "../evil"}, "name"),
         ({"kind": "audio"}, "kind"),
         ({"surprise": 1}, "surprise"),
@@ -187,6 +219,70 @@ def test_code_for_more_instruction_sets_than_this_cpu_has_does_not_fit(eager_bun
     assert (mismatch.field, mismatch.built_with) == ("cpu_flags", "avx4096")
 
 
+H100 = {"gpu": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0", "cuda": "13.0", "driver": "580.65.06"}
+
+
+def on_gpu(**changes: str) -> Platform:
+    """This machine with a GPU."""
+    return current_platform().model_copy(update={**H100, **changes})
+
+
+def test_code_for_a_gpu_fits_the_same_kind_and_a_newer_driver(eager_bundle: Path) -> None:
+    manifest = with_engine(read_manifest(eager_bundle), **H100)
+    assert check_platform(manifest, on_gpu()) == []
+    assert check_platform(manifest, on_gpu(driver="590.1")) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (
+            "gpu",
+            "NVIDIA H200",
+            "built with NVIDIA H100 80GB HBM3, here NVIDIA H200; build the bundle on a GPU",
+        ),
+        ("gpu", "", "built with NVIDIA H100 80GB HBM3, here no GPU; build the bundle on a GPU"),
+        ("compute_capability", "8.0", "built with 9.0, here 8.0; build the bundle on a GPU"),
+        ("cuda", "12.8", "built with 13.0, here 12.8; install the same build of torch"),
+        ("driver", "575.57.08", "built with 580.65.06, here 575.57.08; update the driver"),
+    ],
+)
+def test_other_gpu_does_not_fit_and_says_what_to_do(
+    eager_bundle: Path, field: str, value: str, message: str
+) -> None:
+    manifest = with_engine(read_manifest(eager_bundle), **H100)
+    (mismatch,) = check_platform(manifest, on_gpu(**{field: value}))
+    assert mismatch.field == field
+    assert str(mismatch).startswith(f"platform.{field}: {message}")
+
+
+def test_code_for_a_cpu_does_not_care_about_gpus(eager_bundle: Path) -> None:
+    manifest = with_engine(read_manifest(eager_bundle))
+    assert check_platform(manifest, on_gpu()) == []
+
+
+def test_gpus_are_read_as_the_driver_prints_them() -> None:
+    printed = "GPU-1, NVIDIA H200, 9.0, 580.65.06\nGPU-2, NVIDIA H200, 9.0, 580.65.06\n"
+    assert parse_gpus(printed) == [
+        Gpu(uuid=uuid, name="NVIDIA H200", compute_capability="9.0", driver="580.65.06")
+        for uuid in ("GPU-1", "GPU-2")
+    ]
+    assert parse_gpus("No devices were found\n") == []
+
+
+def test_gpu_is_found_through_the_driver_and_cuda_through_torchs_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho 'GPU-1, NVIDIA H200, 9.0, 580.65.06'\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = current_platform("cuda")
+    assert (found.gpu, found.compute_capability, found.driver) == ("NVIDIA H200", "9.0", "580.65.06")
+    assert found.cuda == (torch.version.cuda or "")
+    assert current_platform().gpu == ""
+
+
 def test_code_for_fewer_instruction_sets_and_an_older_libc_fits(eager_bundle: Path) -> None:
     manifest = with_engine(
         read_manifest(eager_bundle), cpu_flags=(), libc="glibc 2.1", cpu="i386", python="2"
@@ -198,6 +294,15 @@ def test_bundle_without_compiled_code_fits_every_machine(eager_bundle: Path) -> 
     manifest = read_manifest(eager_bundle)
     elsewhere = current_platform().model_copy(update={"torch": "1.0.0"})
     assert check_platform(manifest, elsewhere) == []
+
+
+def test_prediction_takes_the_graph_where_it_is_faster(eager_bundle: Path) -> None:
+    manifest = predicting(read_manifest(eager_bundle))
+    rows = [row.model_copy(update={"graph_ms": row.ms / 2}) for row in manifest.latency]
+    slower = [row.model_copy(update={"graph_ms": row.ms * 2}) for row in manifest.latency]
+    plain = manifest.predict_ms(BUCKET, 4, 1)
+    assert manifest.model_copy(update={"latency": rows}).predict_ms(BUCKET, 4, 1) == plain / 2
+    assert manifest.model_copy(update={"latency": slower}).predict_ms(BUCKET, 4, 1) == plain
 
 
 def predicting(manifest: Manifest) -> Manifest:

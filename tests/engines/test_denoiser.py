@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.denoiser import Conditioning, NetworkDenoiser, concat, size_conditions, to_x0_eps, x0_to_eps
-from engines.families.pixart import load_transformer
-from engines.schedule import NoiseSchedule, PredictionType
+from engines.denoiser import Conditioning, NetworkDenoiser, concat, to_x0_eps, x0_to_eps
+from engines.families.pixart import load_transformer, predict, size_conditions
+from engines.schedule import NoiseSchedule, PredictionType, flow_schedule
 from tests.engines.tiny import make_tiny_checkpoint
 
 V_SCHEDULE = NoiseSchedule.from_config({"prediction_type": "v_prediction"})
@@ -35,6 +35,15 @@ def test_conversion_recovers_the_parts_of_noisy_latents(prediction_type: Predict
     torch.testing.assert_close(x0_to_eps(x0_found, latents, alpha, sigma), eps, atol=1e-4, rtol=0)
 
 
+def test_conversion_of_a_flow_recovers_the_parts_of_noisy_videos() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 3, 4, 2, 8, 8, generator=generator)
+    alpha, sigma = flow_schedule(3.0).at(torch.tensor([20, 500, 999]), ndim=5)
+    x0_found, eps_found = to_x0_eps(eps - x0, alpha * x0 + sigma * eps, alpha, sigma, "flow_prediction")
+    torch.testing.assert_close(x0_found, x0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(eps_found, eps, atol=1e-5, rtol=0)
+
+
 def test_conversion_is_fp32_whatever_the_network_returns() -> None:
     half = torch.ones(1, 16, 8, 8, dtype=torch.bfloat16)
     x0, eps = to_x0_eps(half, half, *V_SCHEDULE.at(torch.tensor([999])), "v_prediction")
@@ -46,8 +55,10 @@ def test_step_count_changes_a_students_answer_but_not_a_plain_teachers(student: 
         torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0)),
         torch.tensor([999, 499]),
     )
-    aware = NetworkDenoiser(load_transformer(student), V_SCHEDULE)
-    plain = NetworkDenoiser(load_transformer(make_tiny_checkpoint(tmp_path, student=False)), V_SCHEDULE)
+    aware = NetworkDenoiser(load_transformer(student), V_SCHEDULE, predict)
+    plain = NetworkDenoiser(
+        load_transformer(make_tiny_checkpoint(tmp_path, student=False)), V_SCHEDULE, predict
+    )
     assert aware.step_aware
     assert not plain.step_aware
     with torch.no_grad():
@@ -63,7 +74,7 @@ def test_step_count_changes_a_students_answer_but_not_a_plain_teachers(student: 
 
 
 def test_rows_may_have_different_timesteps_and_step_counts(student: Path) -> None:
-    denoiser = NetworkDenoiser(load_transformer(student), V_SCHEDULE)
+    denoiser = NetworkDenoiser(load_transformer(student), V_SCHEDULE, predict)
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([999, 499])
     cond = conditioning(2)
@@ -77,7 +88,7 @@ def test_rows_may_have_different_timesteps_and_step_counts(student: Path) -> Non
 
 def test_learned_variance_is_dropped(tmp_path: Path) -> None:
     directory = make_tiny_checkpoint(tmp_path, student=False, transformer_config={"out_channels": 32})
-    denoiser = NetworkDenoiser(load_transformer(directory), V_SCHEDULE)
+    denoiser = NetworkDenoiser(load_transformer(directory), V_SCHEDULE, predict)
     with torch.no_grad():
         assert denoiser(torch.zeros(1, 16, 8, 8), torch.tensor([999]), conditioning(1)).shape == (1, 16, 8, 8)
 
@@ -92,7 +103,7 @@ def test_large_models_are_told_the_size_in_pixels(tmp_path: Path) -> None:
     assert sizes["aspect_ratio"] is not None
     assert sizes["aspect_ratio"].tolist() == [[2.0], [2.0]]
     with torch.no_grad():
-        NetworkDenoiser(transformer, V_SCHEDULE)(
+        NetworkDenoiser(transformer, V_SCHEDULE, predict)(
             torch.zeros(2, 16, 8, 8), torch.tensor([9, 99]), conditioning(2)
         )
 
@@ -104,8 +115,8 @@ def test_autocast_stays_close_and_returns_fp32(student: Path) -> None:
         torch.tensor([999, 249]),
     )
     with torch.no_grad():
-        exact = NetworkDenoiser(transformer, V_SCHEDULE)(latents, timesteps, conditioning(2, 4))
-        cast = NetworkDenoiser(transformer, V_SCHEDULE, autocast=torch.bfloat16)(
+        exact = NetworkDenoiser(transformer, V_SCHEDULE, predict)(latents, timesteps, conditioning(2, 4))
+        cast = NetworkDenoiser(transformer, V_SCHEDULE, predict, autocast=torch.bfloat16)(
             latents, timesteps, conditioning(2, 4)
         )
     assert cast.dtype == torch.float32
@@ -121,3 +132,13 @@ def test_single_row_expands_and_batches_concatenate() -> None:
         conditioning(2).expand(3)
     with pytest.raises(ValueError, match="num_steps"):
         concat([conditioning(1, 4), conditioning(1)])
+
+
+def test_pooled_captions_follow_their_rows() -> None:
+    cond = Conditioning(torch.randn(2, 4, 8), torch.ones(2, 4), pooled=torch.randn(2, 6))
+    assert cond.pooled is not None
+    both = concat([cond.rows(slice(1, 2)).expand(3), cond]).to("cpu")
+    assert both.pooled is not None
+    assert torch.equal(both.pooled, cond.pooled[[1, 1, 1, 0, 1]])
+    with pytest.raises(ValueError, match="pooled"):
+        concat([cond, Conditioning(cond.text, cond.mask)])

@@ -13,7 +13,7 @@ from diffusers import PixArtAlphaPipeline
 from torch import Tensor
 
 from engines.bundle import StageSpec
-from engines.compile.export import example_inputs
+from engines.compile.export import example_inputs, export_stage
 from engines.errors import CheckpointError
 from engines.families.pixart import (
     FAMILY,
@@ -23,7 +23,7 @@ from engines.families.pixart import (
     make_step_aware,
 )
 from engines.families.student import read_student
-from engines.families.tokenizer import PromptTokenizer
+from engines.families.tokenizer import PromptTokenizer, PromptTokenizers
 from engines.families.weights import load_weights
 from tests.engines.tiny import MAX_TEXT_TOKENS, make_tiny_checkpoint, make_tokenizer
 
@@ -79,16 +79,17 @@ def test_every_stage_gives_what_its_spec_says(
     for spec in specs(directory).values():
         with torch.no_grad():
             output = FAMILY.load_stage(directory, spec, dtype)(*example_inputs(spec, 3))
-        assert tuple(output.shape) == (3, *spec.output.shape)
-        assert str(output.dtype) == f"torch.{spec.output.dtype}"
+        (expected,) = spec.outputs
+        assert tuple(output.shape) == (3, *expected.shape)
+        assert str(output.dtype) == f"torch.{expected.dtype}"
 
 
 def test_specs_are_read_off_the_configs(tiny_student: Path, real_pixart: Path) -> None:
     tiny, real = specs(tiny_student), specs(real_pixart)
-    assert tiny["denoise"].output.shape == (16, 8, 8)
-    assert real["denoise"].output.shape == (4, 8, 8)
-    assert tiny["text"].output.shape == (MAX_TEXT_TOKENS, 32)
-    assert tiny["decode"].output.shape == (64, 64, 3)
+    assert tiny["denoise"].outputs[0].shape == (16, 8, 8)
+    assert real["denoise"].outputs[0].shape == (4, 8, 8)
+    assert tiny["text"].outputs[0].shape == (MAX_TEXT_TOKENS, 32)
+    assert tiny["decode"].outputs[0].shape == (64, 64, 3)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -100,7 +101,7 @@ def test_stages_agree_with_the_diffusers_pipeline(tmp_path: Path) -> None:
     embeds, mask, _, _ = pipeline.encode_prompt(
         prompt, do_classifier_free_guidance=False, max_sequence_length=MAX_TEXT_TOKENS
     )
-    ids, our_mask = PromptTokenizer(student / "tokenizer", MAX_TEXT_TOKENS)([prompt])
+    ids, our_mask = PromptTokenizers("pixart", student, MAX_TEXT_TOKENS)([prompt]).values()
     text = run_stage(student, "text", ids, our_mask)
     assert torch.equal(our_mask, mask.to(torch.int64))
     torch.testing.assert_close(text, embeds)
@@ -142,6 +143,14 @@ def test_learned_sigma_is_dropped_and_micro_conditions_are_the_pictures_size(rea
     num_steps = torch.tensor([4, 4])
     prediction = run_stage(real_pixart, "denoise", latents, timestep, text, mask, num_steps)
     torch.testing.assert_close(prediction, expected)
+
+
+def test_micro_conditions_leave_no_constant_in_the_exported_program(real_pixart: Path) -> None:
+    spec = specs(real_pixart)["denoise"]
+    stage = FAMILY.load_stage(real_pixart, spec, torch.float32)
+    assert set(export_stage(stage, spec, min_batch=1, max_batch=2).constants) <= set(
+        dict(stage.named_buffers())
+    )
 
 
 def test_number_of_steps_changes_the_prediction_row_by_row(tiny_student: Path) -> None:
@@ -318,7 +327,7 @@ def test_tokens_are_those_of_transformers(tiny_student: Path, prompt: str) -> No
     expected = make_tokenizer()(
         prompt.lower().strip(), padding="max_length", truncation=True, max_length=MAX_TEXT_TOKENS
     )
-    ids, mask = PromptTokenizer(tiny_student / "tokenizer", MAX_TEXT_TOKENS)([prompt])
+    ids, mask = PromptTokenizers("pixart", tiny_student, MAX_TEXT_TOKENS)([prompt]).values()
     assert ids[0].tolist() == expected["input_ids"]
     assert mask[0].tolist() == expected["attention_mask"]
 

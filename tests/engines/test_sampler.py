@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from engines.denoiser import Conditioning, NetworkDenoiser
-from engines.families.pixart import load_transformer
+from engines.families.pixart import load_transformer, predict
 from engines.noise import seeded_latents
 from engines.sampler import ddim_step, sample
 from engines.schedule import CLEAN, NoiseSchedule, student_timesteps
@@ -66,7 +66,8 @@ def test_step_to_clean_is_x0_and_rows_move_independently() -> None:
 
 
 def test_guidance_asks_for_both_prompts_in_one_call_and_moves_away_from_the_empty_one(tmp_path: Path) -> None:
-    denoiser = NetworkDenoiser(load_transformer(make_tiny_checkpoint(tmp_path, student=False)), SCHEDULE)
+    network = load_transformer(make_tiny_checkpoint(tmp_path, student=False))
+    denoiser = NetworkDenoiser(network, SCHEDULE, predict)
     latents = seeded_latents([1, 2], (16, 8, 8))
     one_step = student_timesteps(1)
     with_text = sample(denoiser, latents, one_step, COND)

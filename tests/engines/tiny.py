@@ -1,7 +1,7 @@
-"""A tiny random PixArt directory, built in a second; stands in for a checkpoint where quality is not asked.
+"""Tiny random directories of every family, built in a second; they stand in where quality is not asked.
 
-It has every part of the demo student (word-level tokenizer, T5 encoder, transformer, 16-channel f8
-AutoencoderKL, scheduler, `student.json`), written by diffusers itself.
+They have all the parts of a real checkpoint, and `student.json`, and are written by diffusers itself. The
+PixArt one is made like the demo student: word-level tokenizer, T5 encoder, 16-channel f8 AutoencoderKL.
 """
 
 from __future__ import annotations
@@ -11,13 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from engines.families.pixart import make_step_aware
+from engines.families.step_aware import make_step_aware as make_time_embedding_step_aware
 
 MAX_TEXT_TOKENS = 20
+CLIP_TEXT_TOKENS = 16
 # fmt: off
 WORDS = [
     "a", "an", "the", "and", "of", "on", "in", "to", "left", "right", "above", "below", "next", "behind",
@@ -67,11 +89,18 @@ def make_tiny_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = _make_pipeline(transformer_config or {}, scheduler_config or {}, student=student)
-    for part in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
-        torch.nn.Module.to(part, torch.float16)
+    return _write(directory, pipeline, STUDENT if student else None)
+
+
+def _write(directory: Path, pipeline: DiffusionPipeline, student: dict[str, Any] | None) -> Path:
+    """Save a pipeline in fp16, and beside it what `student` says, if anything."""
+    directory = Path(directory)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, torch.float16)
     pipeline.save_pretrained(directory, safe_serialization=True)
-    if student:
-        (directory / "student.json").write_text(json.dumps(STUDENT, indent=2) + "\n", encoding="utf-8")
+    if student is not None:
+        (directory / "student.json").write_text(json.dumps(student, indent=2) + "\n", encoding="utf-8")
     return directory
 
 
@@ -79,19 +108,7 @@ def _make_pipeline(
     transformer_config: dict[str, Any], scheduler_config: dict[str, Any], *, student: bool
 ) -> PixArtAlphaPipeline:
     tokenizer = make_tokenizer()
-    text_encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=32,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=0,
-            eos_token_id=1,
-        )
-    )
+    text_encoder = _make_t5(len(tokenizer))
     transformer = PixArtTransformer2DModel(
         **{
             "num_attention_heads": 2,
@@ -107,19 +124,7 @@ def _make_pipeline(
             **transformer_config,
         }
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=transformer.config.in_channels,
-        sample_size=64,
-        scaling_factor=0.5,
-    )
-    with torch.no_grad():
-        # random decoders paint grey; a larger last layer gives every pixel something to disagree about
-        vae.decoder.conv_out.weight.mul_(4.0)
+    vae = _make_image_vae(transformer.config.in_channels)
     if student:  # last, so that teacher and student of one seed share all other weights
         make_step_aware(transformer)
         with torch.no_grad():
@@ -142,6 +147,200 @@ def _make_pipeline(
     )
 
 
+def _make_t5(vocab_size: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocab_size,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def _make_image_vae(latent_channels: int, **config: Any) -> AutoencoderKL:
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+        sample_size=64,
+        **{"scaling_factor": 0.5, **config},
+    )
+    with torch.no_grad():
+        # random decoders paint grey; a larger last layer gives every pixel something to disagree about
+        vae.decoder.conv_out.weight.mul_(4.0)
+    return vae
+
+
+def make_clip_tokenizer(pad_token: str) -> CLIPTokenizer:
+    """CLIP's tokenizer with its byte alphabet and no merges: a token per letter."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad_token, model_max_length=CLIP_TEXT_TOKENS)
+
+
+def make_tiny_sdxl(
+    directory: Path,
+    *,
+    student: bool = True,
+    seed: int = 0,
+    vae_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write a random-weight `StableDiffusionXLPipeline` directory for 64x64 images.
+
+    Args:
+        directory: where to write; created if need be.
+        student: add `student.json` and the step embedding (with non-zero rows 1 and 2).
+        seed: of the weights.
+        vae_config: entries that replace the default ones of the autoencoder.
+    Returns:
+        `directory`.
+    """
+    # as in the published model, the tokenizers differ in their padding
+    tokenizers = [make_clip_tokenizer(pad_token) for pad_token in ("<|endoftext|>", "!")]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = (
+            CLIPTextConfig(
+                vocab_size=len(tokenizers[0]),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=CLIP_TEXT_TOKENS,
+                projection_dim=24,
+                hidden_act=activation,
+                bos_token_id=len(tokenizers[0]) - 2,
+                eos_token_id=eos_token_id,
+            )
+            # the published second encoder counts on the largest id being the end
+            for activation, eos_token_id in (("quick_gelu", len(tokenizers[0]) - 1), ("gelu", 2))
+        )
+        text_encoder, text_encoder_2 = CLIPTextModel(first), CLIPTextModelWithProjection(second)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            transformer_layers_per_block=(1, 1),
+            attention_head_dim=(2, 4),
+            norm_num_groups=8,
+            cross_attention_dim=64,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 24,
+        )
+        vae = _make_image_vae(4, **{"force_upcast": True, **(vae_config or {})})
+        if student:
+            make_time_embedding_step_aware(unet)
+            with torch.no_grad():
+                unet.time_embedding.steps_embedding.weight[1:3].normal_(std=0.5)
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            prediction_type="epsilon",
+            timestep_spacing="trailing",
+            clip_sample=False,
+        ),
+        add_watermarker=False,
+    )
+    return _write(directory, pipeline, SDXL_STUDENT if student else None)
+
+
+def make_tiny_cogvideox(
+    directory: Path,
+    *,
+    student: bool = True,
+    seed: int = 0,
+    transformer_config: dict[str, Any] | None = None,
+) -> Path:
+    """Write a random-weight `CogVideoXPipeline` directory for videos of 9 frames, 32x32.
+
+    Args:
+        directory: where to write; created if need be.
+        student: add `student.json` and the step embedding (with non-zero rows 1 and 2).
+        seed: of the weights.
+        transformer_config: entries that replace the default ones of the transformer.
+    Returns:
+        `directory`.
+    """
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = _make_t5(len(tokenizer))
+        transformer = CogVideoXTransformer3DModel(
+            **{
+                "num_attention_heads": 2,
+                "attention_head_dim": 16,
+                "in_channels": 4,
+                "out_channels": 4,
+                "time_embed_dim": 16,
+                "text_embed_dim": 32,
+                "num_layers": 2,
+                "sample_width": 4,
+                "sample_height": 4,
+                "sample_frames": 9,
+                "patch_size": 2,
+                "max_text_seq_length": MAX_TEXT_TOKENS,
+                **(transformer_config or {}),
+            }
+        )
+        vae = AutoencoderKLCogVideoX(
+            block_out_channels=(8, 8, 8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+            sample_height=32,
+            sample_width=32,
+        )
+        with torch.no_grad():
+            vae.decoder.conv_out.conv.weight.mul_(4.0)
+        if student:
+            make_time_embedding_step_aware(transformer)
+            with torch.no_grad():
+                transformer.time_embedding.steps_embedding.weight[1:3].normal_(std=0.5)
+    pipeline = CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformer,
+        # the published one, but for the spacing of its timesteps
+        scheduler=CogVideoXDDIMScheduler(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            snr_shift_scale=3.0,
+            timestep_spacing="trailing",
+            clip_sample=False,
+        ),
+    )
+    return _write(directory, pipeline, COGVIDEOX_STUDENT if student else None)
+
+
 STUDENT: dict[str, Any] = {
     "schema_version": 1,
     "name": "tiny",
@@ -157,5 +356,23 @@ STUDENT: dict[str, Any] = {
     "width": 64,
     "teacher": {"name": "tiny-teacher"},
     "training": {"iterations": 0},
-    "gate": None,
+    "gate": {"passed": True, "criteria": [{"text": "it is tiny", "passed": True}]},
+}
+
+SDXL_STUDENT: dict[str, Any] = {
+    **STUDENT,
+    "name": "tiny-sdxl",
+    "family": "sdxl",
+    "max_text_tokens": CLIP_TEXT_TOKENS,
+}
+
+COGVIDEOX_STUDENT: dict[str, Any] = {
+    **STUDENT,
+    "name": "tiny-cogvideox",
+    "family": "cogvideox",
+    "kind": "video",
+    "height": 32,
+    "width": 32,
+    "frames": 9,
+    "fps": 8,
 }
