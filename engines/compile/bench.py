@@ -18,7 +18,7 @@ from engines.runtime.pipeline import Pipeline, Sample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRow:
-    """One measured number: a stage, or `images` for prompts to pixels."""
+    """One measured number: a stage, or `images` or `videos` for prompts to pixels."""
 
     what: StageName | str
     bucket: str
@@ -47,25 +47,28 @@ def bench_bundle(directory: Path, *, num_threads: int | None = None, budget_s: f
         pipelines.append(Pipeline.load(directory, backend="eager", num_threads=num_threads))
     rows: list[BenchRow] = []
     for pipeline in pipelines:
+        if pipeline.device.type != "cpu":
+            pipeline.warm_up()  # which captures CUDA graphs
         for bucket in manifest.buckets:
             rows += _bench_stages(pipeline, bucket, budget_s)
-            rows += _bench_images(pipeline, bucket, budget_s)
+            rows += _bench_whole(pipeline, bucket, budget_s)
     return rows
 
 
 def _bench_stages(pipeline: Pipeline, bucket: Bucket, budget_s: float) -> list[BenchRow]:
     manifest = pipeline.manifest
-    measured = [
-        row
-        for name in ("text", "denoise", "decode")
-        for row in measure_stage(
-            manifest.stage(name, bucket),
-            pipeline.stage(name, bucket),
-            pipeline.backend,
-            manifest.batch_sizes,
-            budget_s,
-        )
-    ]
+    with pipeline.on_stream():
+        measured = [
+            row
+            for name in ("text", "denoise", "decode")
+            for row in measure_stage(
+                manifest.stage(name, bucket),
+                pipeline.stage(name, bucket),
+                pipeline.backend,
+                manifest.batch_sizes,
+                budget_s,
+            )
+        ]
     return [
         BenchRow(
             what=row.stage,
@@ -80,7 +83,7 @@ def _bench_stages(pipeline: Pipeline, bucket: Bucket, budget_s: float) -> list[B
     ]
 
 
-def _bench_images(pipeline: Pipeline, bucket: Bucket, budget_s: float) -> list[BenchRow]:
+def _bench_whole(pipeline: Pipeline, bucket: Bucket, budget_s: float) -> list[BenchRow]:
     rows = []
     for num_steps in pipeline.manifest.num_steps:
         for batch in pipeline.manifest.batch_sizes:
@@ -98,7 +101,7 @@ def _bench_images(pipeline: Pipeline, bucket: Bucket, budget_s: float) -> list[B
             ms = median_ms(draw, budget_s)
             rows.append(
                 BenchRow(
-                    what="images",
+                    what=f"{pipeline.manifest.kind}s",
                     bucket=bucket.label,
                     num_steps=num_steps,
                     batch=batch,
@@ -116,7 +119,7 @@ def write_result(path: Path, manifest: Manifest, rows: list[BenchRow], *, num_th
         "bundle": {"name": manifest.name, "version": manifest.version},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": current_commit(),
-        "platform": current_platform().model_dump(),
+        "platform": current_platform(manifest.device).model_dump(),
         "cores": available_cores(),
         "num_threads": num_threads,
         "software": manifest.software,

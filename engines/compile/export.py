@@ -32,15 +32,22 @@ def _example(spec: TensorSpec, batch: int, generator: torch.Generator) -> Tensor
     return torch.randint(0, spec.maximum + 1, shape, generator=generator)
 
 
-def export_stage(module: nn.Module, spec: StageSpec, *, min_batch: int, max_batch: int) -> ExportedProgram:
-    """Trace a stage for batches of `min_batch` to `max_batch`.
+def export_stage(
+    module: nn.Module,
+    spec: StageSpec,
+    *,
+    min_batch: int,
+    max_batch: int,
+    device: torch.device | str = "cpu",
+) -> ExportedProgram:
+    """Trace a stage for batches of `min_batch` to `max_batch`, on the device where the module is.
 
     Raises:
         CompileError: the module cannot be traced, or works for fewer batch sizes than asked for.
     """
     # a batch of 1 would be traced as the constant 1
     example_batch = min_batch if min_batch == max_batch else min(max(2, min_batch), max_batch)
-    inputs = example_inputs(spec, example_batch)
+    inputs = tuple(tensor.to(device) for tensor in example_inputs(spec, example_batch))
     dynamic_shapes: tuple[dict[int, Dim], ...] | None = None
     if min_batch != max_batch:
         batch = Dim("batch", min=min_batch, max=max_batch)

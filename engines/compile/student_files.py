@@ -8,12 +8,21 @@ from pathlib import Path
 from engines.bundle import Manifest, hash_file
 from engines.families.student import STUDENT
 
-PARTS = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+PARTS = (
+    "tokenizer",
+    "tokenizer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "transformer",
+    "unet",
+    "vae",
+    "scheduler",
+)
 SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 """Configs, weights, sentencepiece models and word lists; nothing that runs code when it is read."""
 
-DERIVED = "tokenizer/tokenizer.json"
-"""Made from a sentencepiece model if the student has only that."""
+DERIVED = ("tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json")
+"""Made from a sentencepiece model or a word list if the student has only that."""
 
 
 def student_files(student: Path) -> list[str]:
@@ -61,5 +70,5 @@ def changed_file(student: Path, manifest: Manifest) -> str | None:
     for name in names:
         if name not in bundled or hash_file(student / name) != bundled[name]:
             return name
-    left = sorted(set(bundled) - set(names) - {DERIVED})
+    left = sorted(set(bundled) - set(names) - set(DERIVED))
     return left[0] if left else None

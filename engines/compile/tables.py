@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from engines.bucket import Bucket
-from engines.bundle import LatencyRow, Manifest, ParityRow
+from engines.bundle import GateVerdict, LatencyRow, Manifest, ParityRow
 
 if TYPE_CHECKING:
     from engines.compile.bench import BenchRow
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 def summary_table(manifest: Manifest) -> Table:
     """What a bundle is."""
-    gate = {True: "passed", False: "failed", None: "never asked"}[manifest.gate.passed]
     rows = {
         "name": f"{manifest.name} ({manifest.kind}, {manifest.family})",
         "version": manifest.version,
@@ -27,9 +26,10 @@ def summary_table(manifest: Manifest) -> Table:
         "batches": ", ".join(map(str, manifest.batch_sizes)),
         "threads": str(manifest.num_threads),
         "text tokens": str(manifest.max_text_tokens),
-        "gate": gate + (", forced" if manifest.gate.forced else ""),
+        "gate": manifest.gate.summary,
         "backend": manifest.backend + (f" ({manifest.eager_only})" if manifest.eager_only else ""),
         "built on": f"{manifest.platform.cpu}, {manifest.platform.machine}, {manifest.platform.os}",
+        "built for": _device(manifest),
         "torch": manifest.platform.torch,
         "size": _megabytes(sum(entry.size_bytes for entry in manifest.files.values())),
     }
@@ -39,20 +39,40 @@ def summary_table(manifest: Manifest) -> Table:
     return table
 
 
+def gate_table(gate: GateVerdict) -> Table:
+    """What its student had to reach, and whether it did."""
+    table = Table("", "criterion", title=f"gate: {gate.summary}", title_justify="left")
+    for criterion in gate.criteria:
+        table.add_row("passed" if criterion.passed else "FAILED", criterion.text)
+    return table
+
+
 def engines_table(manifest: Manifest) -> Table:
-    """Its compiled packages."""
-    table = Table(
-        "stage", "bucket", "batches", "compute", "size", "file", title="engines", title_justify="left"
+    """Its compiled packages and plans, and where they were run and compared with eager."""
+    columns = (
+        "stage",
+        "bucket",
+        "backend",
+        "batches",
+        "compute",
+        "fused attention",
+        "size",
+        "file",
+        "verified on",
     )
+    table = Table(*columns, title="engines", title_justify="left")
     dtypes = {(spec.name, spec.bucket): spec.compute_dtype for spec in manifest.stages}
     for engine in manifest.engines:
         table.add_row(
             engine.stage,
             _label(engine.bucket),
+            engine.backend,
             f"{engine.min_batch}-{engine.max_batch}",
             dtypes[engine.stage, engine.bucket],
+            "" if engine.fused_attention is None else f"{engine.fused_attention} layers",
             _megabytes(manifest.files[engine.path].size_bytes),
             PurePosixPath(engine.path).name,
+            engine.verified_on or "nowhere",
         )
     return table
 
@@ -61,24 +81,33 @@ def latency_table(rows: Sequence[LatencyRow]) -> Table:
     """Milliseconds per call: a line per stage and backend, a column per batch size."""
     return _by_batch(
         "median ms per call",
-        [(f"{row.stage} {_label(row.bucket)} {row.backend}", row.batch, f"{row.ms:.2f}") for row in rows],
+        [
+            (f"{row.stage} {_label(row.bucket)} {row.backend}{suffix}", row.batch, f"{ms:.2f}")
+            for row in rows
+            for suffix, ms in (("", row.ms), (", graph", row.graph_ms))
+            if ms is not None
+        ],
     )
 
 
 def parity_table(rows: Sequence[ParityRow]) -> Table:
     """Agreement with eager."""
-    table = Table(
-        "stage", "bucket", "batch", "cosine", "max abs", title="parity with eager", title_justify="left"
-    )
+    columns = ("stage", "bucket", "batch", "backend", "cosine", "max abs")
+    table = Table(*columns, title="parity with eager", title_justify="left")
     for row in rows:
         table.add_row(
-            row.stage, _label(row.bucket), str(row.batch), f"{row.cosine:.6f}", f"{row.max_abs:.2g}"
+            row.stage,
+            _label(row.bucket),
+            str(row.batch),
+            row.backend,
+            f"{row.cosine:.6f}",
+            f"{row.max_abs:.2g}",
         )
     return table
 
 
 def bench_tables(rows: Sequence[BenchRow]) -> list[Table]:
-    """Milliseconds, and pictures per second."""
+    """Milliseconds, and pictures or videos per second."""
     names = [
         " ".join([row.what, row.bucket, *([f"{row.num_steps} steps"] if row.num_steps else []), row.backend])
         for row in rows
@@ -87,9 +116,10 @@ def bench_tables(rows: Sequence[BenchRow]) -> list[Table]:
     rates = [
         (name, row.batch, f"{row.per_second:.1f}")
         for name, row in zip(names, rows, strict=True)
-        if row.what == "images"
+        if row.num_steps
     ]
-    return [_by_batch("median ms", milliseconds), _by_batch("images per second", rates)]
+    whole = next((row.what for row in rows if row.num_steps), "images")
+    return [_by_batch("median ms", milliseconds), _by_batch(f"{whole} per second", rates)]
 
 
 def _by_batch(title: str, cells: Iterable[tuple[str, int, str]]) -> Table:
@@ -111,3 +141,10 @@ def _label(bucket: Bucket | None) -> str:
 
 def _megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:.1f} MB"
+
+
+def _device(manifest: Manifest) -> str:
+    if manifest.device == "cpu":
+        return "CPU"
+    platform = manifest.platform
+    return f"{platform.gpu}, CUDA {platform.cuda}, driver {platform.driver}"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from engines.bundle import Manifest, ParityRow, check_platform, verify_files
+from engines.bundle import Backend, Manifest, ParityRow, check_platform, verify_files
 from engines.compile.parity import check_parity
 from engines.platform import Mismatch
-from engines.runtime.aotinductor import Constants
-from engines.runtime.stages import load_compiled_stage, load_eager_stage
+from engines.runtime.backends import compiled_stages
+from engines.runtime.stages import EagerStages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,9 @@ class Verdict:
 
     manifest: Manifest
     mismatches: list[Mismatch]
+    """Of all its backends."""
+    fitting: Sequence[Backend]
+    """Compiled backends that run here."""
     parity: list[ParityRow]
     """Empty where the compiled code does not fit, or there is none."""
 
@@ -32,15 +36,26 @@ def verify_bundle(directory: Path) -> Verdict:
         ParityError: compiled code does not agree with eager.
     """
     manifest = verify_files(directory)
-    mismatches = check_platform(manifest)
+    mismatches = {
+        backend: check_platform(manifest, backend=backend) for backend in manifest.compiled_backends
+    }
+    fitting = [backend for backend, found in mismatches.items() if not found]
     parity: list[ParityRow] = []
-    if manifest.engines and not mismatches:
+    if fitting:
         torch.set_num_threads(manifest.num_threads)
-        constants = Constants(directory)
+        device = torch.device(manifest.device)
+        uncompiled = EagerStages(directory, manifest, device)
+        loaders = {backend: compiled_stages(directory, manifest, backend, device) for backend in fitting}
         for spec in manifest.stages:
-            eager = load_eager_stage(directory, manifest, spec)
-            compiled = load_compiled_stage(directory, manifest, spec, constants)
-            parity += [
-                check_parity(spec, eager, compiled, batch, "aotinductor") for batch in manifest.batch_sizes
-            ]
-    return Verdict(manifest=manifest, mismatches=mismatches, parity=parity)
+            eager = uncompiled.load(spec)
+            for backend, loader in loaders.items():
+                compiled = loader.load(spec)
+                parity += [
+                    check_parity(spec, eager, compiled, batch, backend) for batch in manifest.batch_sizes
+                ]
+    return Verdict(
+        manifest=manifest,
+        mismatches=[one for found in mismatches.values() for one in found],
+        fitting=fitting,
+        parity=parity,
+    )

@@ -2,13 +2,16 @@
 
 A run is three stages: encode the prompts, a few denoiser calls, decode. Rows of a run may differ in prompt,
 seed and number of steps; a row's picture does not depend on the others.
+
+On a GPU everything runs on one stream of the pipeline's own. Noise is drawn on the CPU all the same, so that
+a seed means the same picture everywhere. Each call below returns when its work is done.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,16 +26,22 @@ from engines.bundle import Backend, Manifest, StageName, check_platform, verify_
 from engines.denoiser import to_x0_eps
 from engines.errors import BackendUnavailable, BundleError, NonFiniteError
 from engines.families.checkpoint import read_json
-from engines.families.tokenizer import PromptTokenizer
+from engines.families.tokenizer import PromptTokenizers
 from engines.noise import seeded_latents
-from engines.runtime.aotinductor import Constants
+from engines.runtime.backends import compiled_stages
+from engines.runtime.cuda_graphs import GraphDecision, TorchGraphs, capture_stages
+from engines.runtime.memory import MemoryPlan, plan_memory
 from engines.runtime.prompt_cache import PromptCache
-from engines.runtime.stages import Stage, load_compiled_stage, load_eager_stage
+from engines.runtime.stages import CPU, EagerStages, Stage
 from engines.sampler import ddim_step
 from engines.schedule import CLEAN, NoiseSchedule
+from engines.signature import check_signature
 
 Pixels = NDArray[np.uint8]
 """(F, H, W, 3) uint8 RGB; an image has F = 1."""
+
+SAMPLER_INPUTS = {"latents", "timestep", "num_steps"}
+"""Inputs of a denoise stage that differ from step to step or row to row; the others come from the prompt."""
 
 Stages = dict[tuple[StageName, Bucket | None], Stage]
 
@@ -53,13 +62,13 @@ class BatchRun:
 
     Attributes:
         samples: rows still in the run.
+        cond: what the denoiser is told of the prompts, by the names of its inputs.
         step_index: denoiser calls done, per row.
         timing_ms: time spent so far in `encode`, `denoise` and `decode`.
     """
 
     samples: list[Sample]
-    text: Tensor
-    mask: Tensor
+    cond: dict[str, Tensor]
     latents: Tensor
     x0: Tensor
     step_index: list[int]
@@ -93,9 +102,8 @@ class BatchRun:
         kept = [row for row in range(len(self.samples)) if row not in gone]
         self.samples = [self.samples[row] for row in kept]
         self.step_index = [self.step_index[row] for row in kept]
-        self.text, self.mask, self.latents, self.x0 = (
-            tensor[kept] for tensor in (self.text, self.mask, self.latents, self.x0)
-        )
+        self.cond = {name: tensor[kept] for name, tensor in self.cond.items()}
+        self.latents, self.x0 = self.latents[kept], self.x0[kept]
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -110,68 +118,97 @@ class Pipeline:
 
     Attributes:
         manifest: of the bundle.
-        backend: what really runs, `aotinductor` or `eager`.
+        backend: what really runs: `aotinductor`, `tensorrt` or `eager`.
+        device: where it runs.
         warnings: why it is not what the bundle was built for, if it is not.
+        graphs: which stages are replayed as CUDA graphs, decided by `warm_up`; empty on the CPU.
+        memory: what it needs of the GPU's memory; None on the CPU.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         stages: Stages,
-        tokenizer: PromptTokenizer,
+        tokenizers: PromptTokenizers,
         schedule: NoiseSchedule,
         *,
         backend: Backend,
+        device: torch.device = CPU,
         warnings: Sequence[str] = (),
+        memory: MemoryPlan | None = None,
     ) -> None:
         self.manifest = manifest
         self.backend: Backend = backend
+        self.device = device
         self.warnings = list(warnings)
+        self.graphs: list[GraphDecision] = []
+        self.memory = memory
         self._stages = stages
-        self._tokenizer = tokenizer
-        self._schedule = schedule
+        self._tokenizers = tokenizers
+        self._schedule = schedule.to(device)
         self._prompts = PromptCache()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @classmethod
     def load(
         cls,
         bundle_dir: Path,
         *,
-        backend: Literal["auto", "eager", "aotinductor"] = "auto",
+        backend: Backend | Literal["auto"] = "auto",
         num_threads: int | None = None,
+        key: bytes | None = None,
+        device_index: int = 0,
     ) -> Pipeline:
-        """Check a bundle and load it.
+        """Check a bundle and load it, onto a GPU if it was built for one and there is one.
 
         Args:
             bundle_dir: the bundle.
-            backend: `auto` takes the compiled code where it fits this machine and falls back to eager, with a
-                line in `warnings`, where it does not.
+            backend: `auto` takes the first that the bundle lists and that fits this machine, eager if none
+                does, with a line in `warnings` for each that does not.
             num_threads: of torch, for this process; by default the number the bundle was compiled for.
+            key: refuse a bundle that was not signed with it; None takes any.
+            device_index: which of the GPUs that this process sees.
 
         Raises:
-            BundleError: the bundle is damaged or foreign; names the field.
+            BundleError: the bundle is damaged, foreign or not signed; names the field.
+            MemoryPlanError: the GPU's free memory does not suffice.
             BackendUnavailable: `backend` was asked for by name and cannot run here.
         """
         bundle_dir = Path(bundle_dir)
+        if key is not None:
+            check_signature(bundle_dir, key)
         manifest = verify_files(bundle_dir)
         torch.set_num_threads(num_threads or manifest.num_threads)
+        device, warnings = _pick_device(manifest, device_index)
         stages: Stages | None = None
-        warnings: list[str] = []
-        if backend != "eager":
+        memory: MemoryPlan | None = None
+        serving: Backend = "eager"
+        refused: list[str] = []
+        for candidate in _candidates(manifest, backend):
             try:
-                stages = _load_compiled(bundle_dir, manifest)
+                _check_compiled(manifest, candidate)
+                memory = _planned(bundle_dir, manifest, candidate, device)
+                stages = _load_compiled(bundle_dir, manifest, candidate, device)
+                serving = candidate
+                break
             except BackendUnavailable as error:
                 if backend != "auto":
                     raise
-                warnings.append(f"{error}; eager serves instead, slower")
+                refused.append(str(error))
+        if stages is None:
+            memory = _planned(bundle_dir, manifest, "eager", device)
+        if refused:
+            refused[-1] += f"; {serving} serves instead{', slower' if serving == 'eager' else ''}"
         checkpoint = bundle_dir / "checkpoint"
         return cls(
             manifest,
-            stages or _load_eager(bundle_dir, manifest),
-            PromptTokenizer(checkpoint / "tokenizer", manifest.max_text_tokens),
+            stages or _load_eager(bundle_dir, manifest, device),
+            PromptTokenizers(manifest.family, checkpoint, manifest.max_text_tokens),
             _load_schedule(checkpoint / "scheduler" / "scheduler_config.json"),
-            backend="eager" if stages is None else "aotinductor",
-            warnings=warnings,
+            backend=serving,
+            device=device,
+            warnings=[*warnings, *refused],
+            memory=memory,
         )
 
     def stage(self, name: StageName, bucket: Bucket) -> Stage:
@@ -179,7 +216,23 @@ class Pipeline:
         return self._stages[name, self.manifest.stage(name, bucket).bucket]
 
     def warm_up(self) -> None:
-        """Run every bucket at every batch size once: kernels are chosen and memory claimed at first use."""
+        """Run every bucket at every batch size once: kernels are chosen and memory claimed at first use.
+
+        On a GPU, CUDA graphs of compiled stages are captured before that. Eager code may ask tensors for
+        their values, as T5's does of its mask, which no capture survives.
+        """
+        if self._stream is not None and self.backend != "eager":
+            with self.on_stream():
+                self.graphs = capture_stages(
+                    list(self._stages.values()),
+                    self.manifest.batch_sizes,
+                    TorchGraphs(self._stream),
+                    {
+                        (row.stage, row.bucket, row.batch): row.peak_bytes
+                        for row in self.manifest.latency
+                        if row.backend == self.backend and row.peak_bytes
+                    },
+                )
         for bucket in self.manifest.buckets:
             # large to small: the allocator then has room for everything that follows
             for batch in sorted(self.manifest.batch_sizes, reverse=True):
@@ -206,10 +259,12 @@ class Pipeline:
         """
         bucket = self._check(samples)
         start = time.perf_counter()
-        text, mask = self._encode([sample.prompt for sample in samples], bucket)
-        shape = self.manifest.stage("denoise", bucket).output.shape
-        latents = seeded_latents([sample.seed for sample in samples], shape)
-        run = BatchRun(list(samples), text, mask, latents, torch.zeros_like(latents), [0] * len(samples))
+        with self.on_stream():
+            cond = self._encode([sample.prompt for sample in samples], bucket)
+            shape = self.manifest.stage("denoise", bucket).outputs[0].shape
+            latents = seeded_latents([sample.seed for sample in samples], shape).to(self.device)
+            run = BatchRun(list(samples), cond, latents, torch.zeros_like(latents), [0] * len(samples))
+            self._finish()
         run.timing_ms["encode"] = (time.perf_counter() - start) * 1e3
         return run
 
@@ -222,20 +277,33 @@ class Pipeline:
         rows = run.unfinished
         if not rows:
             raise ValueError("every row of this run is finished")
-        with run.timed("denoise"):
+        with run.timed("denoise"), self.on_stream():
             visited = [self.manifest.timesteps[run.samples[row].num_steps] for row in rows]
             done = [run.step_index[row] for row in rows]
-            now = torch.tensor([steps[i] for steps, i in zip(visited, done, strict=True)])
-            following = torch.tensor([[*steps, CLEAN][i + 1] for steps, i in zip(visited, done, strict=True)])
-            num_steps = torch.tensor([len(steps) for steps in visited])
+            now, following, num_steps = torch.tensor(
+                [
+                    [steps[i] for steps, i in zip(visited, done, strict=True)],
+                    [[*steps, CLEAN][i + 1] for steps, i in zip(visited, done, strict=True)],
+                    [len(steps) for steps in visited],
+                ]
+            ).to(self.device)
 
-            latents = run.latents[rows]
+            # most runs take their steps together, and need no copies of what stays the same
+            chosen = rows if len(rows) < len(run.samples) else slice(None)
+            latents = run.latents[chosen]
+            inputs = {
+                "latents": latents,
+                "timestep": now,
+                "num_steps": num_steps,
+                **{name: tensor[chosen] for name, tensor in run.cond.items()},
+            }
             denoise = self.stage("denoise", run.samples[0].bucket)
-            prediction = denoise(latents, now, run.text[rows], run.mask[rows], num_steps)
-            alpha, sigma = self._schedule.at(now)
+            (prediction,) = denoise(*(inputs[spec.name] for spec in denoise.spec.inputs))
+            alpha, sigma = self._schedule.at(now, latents.ndim)
             x0, eps = to_x0_eps(prediction, latents, alpha, sigma, self._schedule.prediction_type)
-            run.x0[rows] = x0
-            run.latents[rows] = ddim_step(x0, eps, self._schedule, following)
+            run.x0[chosen] = x0
+            run.latents[chosen] = ddim_step(x0, eps, self._schedule, following)
+            self._finish()
         for row in rows:
             run.step_index[row] += 1
 
@@ -266,12 +334,22 @@ class Pipeline:
     def _decode(self, run: BatchRun, latents: Tensor) -> list[Pixels]:
         if not run.samples:
             return []
-        with run.timed("decode"):
+        with run.timed("decode"), self.on_stream():
             broken = (~latents.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
             if broken:
                 raise NonFiniteError(f"latents of rows {broken} are not finite")
-            pixels = self.stage("decode", run.samples[0].bucket)(latents).numpy()
-        return [row[None] if row.ndim == 3 else row for row in pixels]
+            (pixels,) = self.stage("decode", run.samples[0].bucket)(latents)
+            pixels = pixels.cpu()
+        return [row[None] if row.ndim == 3 else row for row in pixels.numpy()]
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Everything inside runs on the pipeline's stream."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _finish(self) -> None:
+        """Wait until the GPU is done: times are true then, and a job can be cancelled between steps."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def _check(self, samples: Sequence[Sample]) -> Bucket:
         if not 1 <= len(samples) <= self.manifest.max_batch:
@@ -287,18 +365,26 @@ class Pipeline:
                 raise ValueError(f"num_steps {sample.num_steps} is not one of {self.manifest.num_steps}")
         return bucket
 
-    def _encode(self, prompts: Sequence[str], bucket: Bucket) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) and masks (B, L); each distinct prompt that is not cached is encoded once."""
+    def _encode(self, prompts: Sequence[str], bucket: Bucket) -> dict[str, Tensor]:
+        """What the denoiser is told, (B, ...) each; a distinct prompt that is not cached is encoded once."""
+        told = [
+            spec.name
+            for spec in self.manifest.stage("denoise", bucket).inputs
+            if spec.name not in SAMPLER_INPUTS
+        ]
         known = {prompt: entry for prompt in prompts if (entry := self._prompts.get(prompt)) is not None}
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         if new:
-            input_ids, mask = self._tokenizer(new)
-            text = self.stage("text", bucket)(input_ids, mask)
+            text = self.stage("text", bucket)
+            tokens = self._tokenizers(new)
+            outputs = text(*(tokens[spec.name] for spec in text.spec.inputs))
+            names = [spec.name for spec in text.spec.outputs]
+            made = {**tokens, **dict(zip(names, outputs, strict=True))}
             for row, prompt in enumerate(new):
-                known[prompt] = (text[row].clone(), mask[row])
+                known[prompt] = tuple(made[name][row].to(self.device, copy=True) for name in told)
                 self._prompts.put(prompt, known[prompt])
-        entries = [known[prompt] for prompt in prompts]
-        return torch.stack([text for text, _ in entries]), torch.stack([mask for _, mask in entries])
+        columns = zip(*(known[prompt] for prompt in prompts), strict=True)
+        return {name: torch.stack(column) for name, column in zip(told, columns, strict=True)}
 
 
 def _load_schedule(path: Path) -> NoiseSchedule:
@@ -308,27 +394,71 @@ def _load_schedule(path: Path) -> NoiseSchedule:
         raise BundleError("checkpoint.scheduler", str(error)) from None
 
 
-def _load_eager(bundle: Path, manifest: Manifest) -> Stages:
-    return {(spec.name, spec.bucket): load_eager_stage(bundle, manifest, spec) for spec in manifest.stages}
+def _pick_device(manifest: Manifest, index: int) -> tuple[torch.device, list[str]]:
+    """Where a bundle runs here, and a line of warning if that is not what it was built for."""
+    if manifest.device == "cpu":
+        return CPU, []
+    if torch.cuda.is_available():
+        return torch.device("cuda", index), []
+    return CPU, ["device: the bundle was built for a GPU and torch sees none here; the CPU serves"]
 
 
-def _load_compiled(bundle: Path, manifest: Manifest) -> Stages:
-    """Load the compiled stages.
+def _planned(bundle: Path, manifest: Manifest, backend: Backend, device: torch.device) -> MemoryPlan | None:
+    """What `backend` needs of a GPU's memory.
 
     Raises:
-        BackendUnavailable: there is no compiled code, or it does not fit or load on this machine.
+        MemoryPlanError: that is more than is free.
+    """
+    if device.type != "cuda":
+        return None
+    plan = plan_memory(bundle, manifest, backend)
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    plan.check(free_bytes)
+    return plan
+
+
+def _load_eager(bundle: Path, manifest: Manifest, device: torch.device) -> Stages:
+    stages = EagerStages(bundle, manifest, device, reference=False)
+    return {(spec.name, spec.bucket): stages.load(spec) for spec in manifest.stages}
+
+
+def _candidates(manifest: Manifest, backend: Backend | Literal["auto"]) -> list[Backend]:
+    """Compiled backends to try, in order."""
+    if backend == "eager":
+        return []
+    if backend == "auto":
+        # a bundle without compiled code says why through the one it does not have
+        return [*(manifest.compiled_backends or ["aotinductor"])]
+    return [backend]
+
+
+def _check_compiled(manifest: Manifest, backend: Backend) -> None:
+    """Refuse compiled code that is not there or does not fit this machine.
+
+    Raises:
+        BackendUnavailable: so it is.
     """
     if not manifest.engines:
         raise BackendUnavailable(f"this bundle has no compiled code ({manifest.eager_only})")
-    mismatches = check_platform(manifest)
+    if backend not in manifest.compiled_backends:
+        raise BackendUnavailable(
+            f"this bundle has no {backend} engines, only {', '.join(manifest.compiled_backends)}; build it "
+            f"with --backends {backend}"
+        )
+    mismatches = check_platform(manifest, backend=backend)
     if mismatches:
         details = "; ".join(str(mismatch) for mismatch in mismatches)
         raise BackendUnavailable(f"compiled code does not fit this machine ({details})")
-    constants = Constants(bundle)
+
+
+def _load_compiled(bundle: Path, manifest: Manifest, backend: Backend, device: torch.device) -> Stages:
+    """Load the compiled stages.
+
+    Raises:
+        BackendUnavailable: the compiled code does not load on this machine.
+    """
     try:
-        return {
-            (spec.name, spec.bucket): load_compiled_stage(bundle, manifest, spec, constants)
-            for spec in manifest.stages
-        }
+        stages = compiled_stages(bundle, manifest, backend, device)
+        return {(spec.name, spec.bucket): stages.load(spec) for spec in manifest.stages}
     except (BundleError, ValueError, RuntimeError) as error:
         raise BackendUnavailable(f"compiled code does not load ({error})") from error

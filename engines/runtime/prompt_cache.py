@@ -1,4 +1,4 @@
-"""Caption embeddings of recent prompts, least recently used out first."""
+"""What the text encoders made of recent prompts, least recently used out first."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-Entry = tuple[Tensor, Tensor]
-"""Embedding (L, D) and mask (L,) of one prompt."""
+Entry = tuple[Tensor, ...]
+"""One prompt's rows of what the denoiser is told: embedding (L, D), and mask (L,) or pooled vector (P,)."""
 
 
 class PromptCache:
     """A prompt's embedding is the same every time, and for large text encoders costs as much as a step.
 
     Args:
-        max_bytes: of all tensors together; one entry takes 2 MB for the published PixArt-alpha, 10 kB for the
-            demo.
+        max_bytes: of all tensors together; one entry takes 2 MB for the published PixArt-alpha, 4 MB for
+            CogVideoX, 10 kB for the demo.
     """
 
     def __init__(self, max_bytes: int = 256 << 20) -> None:

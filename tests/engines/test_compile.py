@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import shutil
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,30 +15,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import PixArtAlphaPipeline
 from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from engines.__main__ import main
 from engines.bucket import Bucket
-from engines.bundle import StageSpec, TensorSpec, check_platform, read_manifest, verify_files
+from engines.bundle import Backend, StageSpec, TensorSpec, check_platform, read_manifest, verify_files
 from engines.compile import build as build_module
 from engines.compile import needed, parity, precision
 from engines.compile.aotinductor import CompileJob, bind_constants, compile_key, last_error_line
 from engines.compile.build import build_bundle, num_pieces
 from engines.compile.export import example_inputs, export_stage
 from engines.compile.measure import MAX_CALLS, MIN_CALLS, median_ms
-from engines.compile.needed import EAGER_ASKED_FOR, NO_COMPILER, reason_to_build
+from engines.compile.needed import EAGER_ASKED_FOR, NO_COMPILER, buckets_of, reason_to_build
 from engines.compile.parity import check_parity, compare
 from engines.compile.precision import choose_dtype
 from engines.compile.progress import BuildProgress
 from engines.compile.verify import verify_bundle
 from engines.errors import CheckpointError, CompileError, ParityError
-from engines.families.spec import FamilySpec
+from engines.families.spec import get_family
+from engines.families.student import read_student
+from engines.noise import seeded_latents
 from engines.platform import current_platform
+from engines.runtime import stages as stages_module
 from engines.runtime.pipeline import Pipeline, Sample
 from engines.runtime.stages import EagerEngine, Stage
 from tests.engines.conftest import BATCH_SIZES, build, build_settings
-from tests.engines.tiny import make_tiny_checkpoint
+from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
 
 # The compiler takes a minute on a quiet machine.
 pytestmark = pytest.mark.timeout(900)
@@ -47,10 +55,10 @@ def doubling_spec(maximum: int | None = None) -> StageSpec:
     """A stage that is none: four floats in, four out."""
     return StageSpec(
         name="denoise",
-        part="transformer",
+        parts=("transformer",),
         bucket=BUCKET,
         inputs=(TensorSpec(name="latents", dtype="float32", shape=(4,), maximum=maximum),),
-        output=TensorSpec(name="prediction", dtype="float32", shape=(4,)),
+        outputs=(TensorSpec(name="prediction", dtype="float32", shape=(4,)),),
     )
 
 
@@ -205,28 +213,82 @@ def test_failing_compiler_is_an_error_unless_eager_may_serve(
     assert "omp.h" in manifest.eager_only
 
 
-def gated(directory: Path, *, passed: bool) -> Path:
+def test_interruption_while_the_compilers_start_is_an_interruption(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came just before the pool's own thread ran: that pool could not be shut down, and said so."""
+    start = threading.Thread.start
+
+    def start_late(thread: threading.Thread) -> None:
+        if "ExecutorManager" in type(thread).__name__:
+            signal.raise_signal(signal.SIGINT)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_late)
+    settings = replace(build_settings(tiny_student, tmp_path / "bundle"), backends=("aotinductor",))
+    # whoever runs the tests in the background has it ignored
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build(settings)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert multiprocessing.active_children() == []
+    assert not (tmp_path / "bundle" / ".build").exists()
+
+
+def gated(directory: Path, gate: dict[str, Any] | None) -> Path:
     student = make_tiny_checkpoint(directory)
     path = student / "student.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "gate": {"passed": passed}}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "gate": gate}))
     return student
 
 
-def test_student_that_failed_its_gate_needs_force(tmp_path: Path) -> None:
-    settings = build_settings(gated(tmp_path / "student", passed=False), tmp_path / "bundle")
-    with pytest.raises(CheckpointError, match=r"field gate\.passed.*--force"):
+FAILED = {
+    "passed": False,
+    "criteria": [{"text": "right 3 of 9", "passed": False}, {"text": "quick", "passed": True}],
+}
+
+
+@pytest.mark.parametrize(
+    ("gate", "message", "summary"),
+    [
+        (FAILED, r"field gate\.passed.*: right 3 of 9\. --force", "failed, forced"),
+        ({"passed": False}, r"field gate\.passed.*refused this student\. --force", "failed, forced"),
+        (None, r"field gate: .*never went through.*engines gate .*student.*--force", "never gated, forced"),
+    ],
+)
+def test_student_that_did_not_pass_its_gate_needs_force_which_the_bundle_tells(
+    gate: dict[str, Any] | None,
+    message: str,
+    summary: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = build_settings(gated(tmp_path / "student", gate), tmp_path / "bundle")
+    with pytest.raises(CheckpointError, match=message):
         build(settings)
-    manifest = read_manifest(build(replace(settings, force=True)))
-    assert (manifest.gate.passed, manifest.gate.forced) == (False, True)
+    assert not (tmp_path / "bundle").exists()
+    verdict = read_manifest(build(replace(settings, force=True))).gate
+    assert verdict.forced
+    assert verdict.summary == summary
+    assert [criterion.text for criterion in verdict.criteria] == [
+        criterion["text"] for criterion in (gate or {}).get("criteria", [])
+    ]
+    assert main(["inspect", str(tmp_path / "bundle")]) == 0
+    shown = capsys.readouterr().out
+    assert summary in shown
+    assert ("FAILED" in shown) == bool(verdict.criteria)
 
 
 def test_student_that_passed_its_gate_needs_no_force(tmp_path: Path) -> None:
-    student = gated(tmp_path / "student", passed=True)
+    student = gated(tmp_path / "student", {"passed": True, "criteria": [{"text": "good", "passed": True}]})
     (student / "report").mkdir()
     (student / "report" / "report.md").write_text("all well")
     bundle = build(build_settings(student, tmp_path / "bundle"))
     manifest = read_manifest(bundle)
-    assert (manifest.gate.passed, manifest.gate.forced) == (True, False)
+    assert manifest.gate.summary == "passed"
+    assert manifest.gate.criteria[0].text == "good"
     assert "report/report.md" in manifest.files
     verify_files(bundle)
 
@@ -295,18 +357,85 @@ def test_bfloat16_is_chosen_where_it_is_faster_and_close(
 
     times_s = itertools.cycle([2.0, 1.0 if half_is_faster else 2.0])  # float32, bfloat16, float32, ...
     monkeypatch.setattr(precision, "_time_s", lambda *_: next(times_s))
-    family = FamilySpec(name="toy", stages=lambda *_: [], load_stage=load_stage)
+    family = replace(get_family("pixart"), load_stage=load_stage)
     spec = doubling_spec().model_copy(
-        update={"name": "decode", "output": TensorSpec(name="pixels", dtype="uint8", shape=(4,))}
+        update={"name": "decode", "outputs": (TensorSpec(name="pixels", dtype="uint8", shape=(4,)),)}
     )
     platform = current_platform().model_copy(update={"cpu_flags": flags})
     assert choose_dtype(family, tmp_path, spec, platform) == expected
 
 
+# --- several sizes in one bundle ---
+
+
+def test_bundle_of_several_sizes_draws_each_with_one_set_of_weights(
+    tiny_student: Path, eager_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = (Bucket(64, 64), Bucket(96, 64), Bucket(64, 64))
+    settings = replace(build_settings(tiny_student, tmp_path / "bundle"), buckets=sizes, batch_sizes=(1, 2))
+    manifest = read_manifest(build(settings))
+    assert manifest.buckets == [Bucket(64, 64), Bucket(96, 64)]
+    assert [spec.label for spec in manifest.stages] == [
+        "text", "denoise-64x64", "decode-64x64", "denoise-96x64", "decode-96x64"
+    ]  # fmt: skip
+    assert {(row.stage, row.bucket) for row in manifest.latency} == {
+        (spec.name, spec.bucket) for spec in manifest.stages
+    }
+
+    pipeline, single = Pipeline.load(settings.out), Pipeline.load(eager_bundle)
+    for bucket in manifest.buckets:
+        sample = Sample(prompt="a red cube", seed=3, num_steps=4, bucket=bucket)
+        (pixels,) = pipeline.run([sample])
+        assert pixels.shape == (1, bucket.height, bucket.width, 3)
+        latents = seeded_latents([3], (16, bucket.height // 8, bucket.width // 8))
+        theirs = PixArtAlphaPipeline.from_pretrained(tiny_student).to(torch.float32)
+        theirs.set_progress_bar_config(disable=True)
+        drawn = theirs(
+            "a red cube",
+            height=bucket.height,
+            width=bucket.width,
+            latents=latents,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            max_sequence_length=manifest.max_text_tokens,
+            use_resolution_binning=False,
+            clean_caption=False,
+            output_type="np",
+        ).images
+        assert np.abs(drawn[0] * 255 - pixels[0].astype(float)).max() <= 1.5
+    native = Sample(prompt="a red cube", seed=3, num_steps=4, bucket=Bucket(64, 64))
+    assert np.array_equal(pipeline.run([native])[0], single.run([native])[0])
+
+    family, loaded = get_family("pixart"), []
+
+    def load_stage(checkpoint: Path, spec: StageSpec, dtype: torch.dtype) -> nn.Module:
+        loaded.append(spec.name)
+        return family.load_stage(checkpoint, spec, dtype)
+
+    monkeypatch.setattr(stages_module, "get_family", lambda _: replace(family, load_stage=load_stage))
+    Pipeline.load(settings.out)
+    assert loaded == ["text", "denoise", "decode"]
+
+
+def test_size_that_the_checkpoint_cannot_make_is_refused_by_its_name(
+    tiny_student: Path, tmp_path: Path
+) -> None:
+    settings = replace(build_settings(tiny_student, tmp_path / "bundle"), buckets=(Bucket(64, 65),))
+    with pytest.raises(CheckpointError, match=r"^bucket 64x65: width: 65 is not a multiple of 16"):
+        build(settings)
+
+
+def test_frames_that_a_size_leaves_out_are_the_students(tmp_path: Path) -> None:
+    student = read_student(make_tiny_cogvideox(tmp_path / "student"))
+    assert buckets_of(student, ()) == (Bucket(32, 32, 9),)
+    wanted = (Bucket(32, 48), Bucket(32, 32, 17))
+    assert buckets_of(student, wanted) == (Bucket(32, 48, 9), Bucket(32, 32, 17))
+
+
 # --- is a build needed? ---
 
 
-def reason(student: Path, bundle: Path, *, backends: tuple[str, ...] = ("eager",)) -> str | None:
+def reason(student: Path, bundle: Path, *, backends: tuple[Backend, ...] = ("eager",)) -> str | None:
     return reason_to_build(
         student, bundle, batch_sizes=BATCH_SIZES, backends=backends, num_threads=1, decode_dtype="auto"
     )
@@ -353,7 +482,7 @@ def test_code_of_another_machine_is_built_anew(
     tiny_student: Path, compiled_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = current_platform()
-    monkeypatch.setattr(needed, "current_platform", lambda: here.model_copy(update={"torch": "9.9"}))
+    monkeypatch.setattr(needed, "current_platform", lambda *_: here.model_copy(update={"torch": "9.9"}))
     found = reason(tiny_student, compiled_bundle, backends=("aotinductor",))
     assert found is not None
     assert "platform.torch" in found
@@ -396,7 +525,7 @@ def test_agreement_is_that_of_the_worst_row() -> None:
 
 def test_pixels_may_differ_by_two() -> None:
     spec = doubling_spec().model_copy(
-        update={"name": "decode", "output": TensorSpec(name="pixels", dtype="uint8", shape=(4,))}
+        update={"name": "decode", "outputs": (TensorSpec(name="pixels", dtype="uint8", shape=(4,)),)}
     )
 
     class Pixels(nn.Module):
@@ -456,14 +585,26 @@ def test_constants_are_found_under_any_of_their_names() -> None:
         "table": torch.arange(4.0),
     }
     names = ["text_encoder.encoder.embed_tokens.weight", "proj.weight", "table"]
-    bindings, own = bind_constants(names, module, weights)
+    bindings, own = bind_constants(names, module, {"text_encoder": weights})
     assert bindings[names[0]].tensor == "shared.weight"
     assert bindings[names[0]].dtype == "float32"
     assert bindings["proj.weight"].stride == (1, 2)
     assert bindings["table"].own
     assert own.keys() == {"table"}
     with pytest.raises(CompileError, match="constant ghost"):
-        bind_constants(["ghost"], module, weights)
+        bind_constants(["ghost"], module, {"text_encoder": weights})
+
+
+def test_constants_are_found_in_the_part_that_has_them() -> None:
+    first, second = torch.randn(3, 2), torch.randn(3, 2)
+    weights = {"text_encoder": {"text_model.weight": first}, "text_encoder_2": {"weight": second}}
+    module = {"text_encoder.weight": first, "text_encoder_2.weight": second}
+    bindings, own = bind_constants(module, module, weights)
+    assert own == {}
+    assert [(binding.part, binding.tensor) for binding in bindings.values()] == [
+        (None, "text_model.weight"),
+        ("text_encoder_2", "weight"),
+    ]
 
 
 def test_compiler_errors_are_told_by_their_telling_line() -> None:

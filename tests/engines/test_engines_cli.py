@@ -72,7 +72,7 @@ def test_teacher_is_refused_with_the_missing_file(tmp_path: Path, capsys: pytest
         ("--batches", "0"),
         ("--batches", "a"),
         ("--batches", ""),
-        ("--backends", "tensorrt"),
+        ("--backends", "onnx"),
         ("--threads", "0"),
         ("--threads", "1,2"),
         ("--decode-dtype", "float16"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from engines import bundle as bundle_module
 from engines.bucket import Bucket
 from engines.bundle import StageSpec, TensorSpec, current_platform, read_manifest
-from engines.denoiser import Conditioning, NetworkDenoiser
+from engines.denoiser import NetworkDenoiser
 from engines.errors import BackendUnavailable, BundleError, NonFiniteError
-from engines.families.pixart import DecodeStage, TextStage, load_text_encoder, load_transformer, load_vae
-from engines.families.tokenizer import PromptTokenizer
+from engines.families.image_vae import load_decoder
+from engines.families.pixart import load_encoder, load_transformer, predict
+from engines.families.tokenizer import PromptTokenizers
 from engines.noise import seeded_latents
 from engines.runtime.aotinductor import AotInductorEngine, Constants
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
@@ -114,17 +116,16 @@ def test_pipeline_draws_what_the_plain_sampler_draws(eager_bundle: Path, eager: 
     checkpoint = eager_bundle / "checkpoint"
     config = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
     for wanted in MIXED:
-        ids, mask = PromptTokenizer(checkpoint / "tokenizer", 20)([wanted.prompt])
+        cond = load_encoder(checkpoint)([wanted.prompt])
         with torch.no_grad():
-            text = TextStage(load_text_encoder(checkpoint))(ids, mask)
             latents = sample(
-                NetworkDenoiser(load_transformer(checkpoint), NoiseSchedule.from_config(config)),
+                NetworkDenoiser(load_transformer(checkpoint), NoiseSchedule.from_config(config), predict),
                 seeded_latents([wanted.seed], (16, 8, 8)),
                 eager.manifest.timesteps[wanted.num_steps],
-                Conditioning(text, mask, torch.tensor([wanted.num_steps])),
+                replace(cond, num_steps=torch.tensor([wanted.num_steps])),
             )
-            pixels = DecodeStage(load_vae(checkpoint))(latents)
-        assert difference(eager.run([wanted])[0][0], pixels[0].numpy()) <= TOLERANCE
+            pixels = load_decoder(checkpoint)(latents)
+        assert difference(eager.run([wanted])[0], pixels[0].numpy()) <= TOLERANCE
 
 
 def test_cancelled_rows_leave_the_others_as_they_were(pipeline: Pipeline) -> None:
@@ -201,13 +202,13 @@ def test_warming_up_runs_every_batch_size_and_leaves_no_prompts_behind(
 
 def test_repeated_prompts_are_encoded_once(eager: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
-    original = PromptTokenizer.__call__
+    original = PromptTokenizers.__call__
 
-    def counting(self: PromptTokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def counting(self: PromptTokenizers, prompts: Sequence[str]) -> dict[str, Tensor]:
         batches.append(len(prompts))
         return original(self, prompts)
 
-    monkeypatch.setattr(PromptTokenizer, "__call__", counting)
+    monkeypatch.setattr(PromptTokenizers, "__call__", counting)
     prompts = ["one torus", "two cones", "one torus", "a sky"]
     eager.prepare([make_sample(prompt) for prompt in prompts])
     eager.prepare([make_sample("one torus"), make_sample("a ground")])
@@ -255,7 +256,7 @@ def test_compiled_code_that_does_not_fit_makes_way_for_eager(
 ) -> None:
     here = current_platform()
     elsewhere = here.model_copy(update={"torch": "9.9.9", "cpu_flags": ()})
-    monkeypatch.setattr(bundle_module, "current_platform", lambda: elsewhere)
+    monkeypatch.setattr(bundle_module, "current_platform", lambda *_: elsewhere)
     pipeline = Pipeline.load(compiled_bundle)
     assert pipeline.backend == "eager"
     (warning,) = pipeline.warnings
@@ -364,10 +365,10 @@ class Doubling(nn.Module):
 def toy_spec() -> StageSpec:
     return StageSpec(
         name="denoise",
-        part="transformer",
+        parts=("transformer",),
         bucket=BUCKET,
         inputs=(TensorSpec(name="latents", dtype="float32", shape=(3,)),),
-        output=TensorSpec(name="prediction", dtype="float32", shape=(3,)),
+        outputs=(TensorSpec(name="prediction", dtype="float32", shape=(3,)),),
     )
 
 
@@ -382,7 +383,7 @@ def test_padded_rows_do_not_change_real_rows() -> None:
     stage = Stage(toy_spec(), [fixed_size(module, 2), fixed_size(module, 4)], 4)
     for batch, expected in [(1, 2), (2, 2), (3, 4), (4, 4)]:
         latents = torch.randn(batch, 3)
-        assert torch.equal(stage(latents), latents * 2)
+        assert torch.equal(stage(latents)[0], latents * 2)
         assert module.batches[-1] == expected
 
 
@@ -419,7 +420,7 @@ def test_compiled_stage_refuses_another_dtype_and_takes_any_stride(compiled_bund
     with pytest.raises(ValueError, match="float32"):
         stage(latents.double())
     channels_last = latents.to(memory_format=torch.channels_last)
-    assert torch.equal(stage(channels_last), stage(latents))
+    assert torch.equal(stage(channels_last)[0], stage(latents)[0])
 
 
 # --- the prompt cache ---
