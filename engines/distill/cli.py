@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+EXIT_INTERRUPTED = 130
+
 
 def add_distill_parser(commands: Commands) -> None:
     """Add `distill CONFIG`."""
@@ -36,14 +38,27 @@ def run_distill(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from engines.distill.config import read_config
+    from engines.distill.distributed import joined
     from engines.distill.trainer import distill
 
-    config, console = read_config(args.config, args.overrides), Console()
-    if args.restart:
-        shutil.rmtree(config.out / "checkpoints", ignore_errors=True)
-    student = distill(config, console)
-    console.print(f"student written to {student}; next: python -m engines gate {student}", soft_wrap=True)
+    config = read_config(args.config, args.overrides)
+    with joined(config.device) as world:
+        console = Console(quiet=not world.is_main)
+        if args.restart:
+            world.main_only(lambda: _delete_progress(config.out))
+        try:
+            student = distill(config, console)
+        except KeyboardInterrupt:
+            if world.is_main:
+                raise
+            return EXIT_INTERRUPTED
+        console.print(f"student written to {student}; next: python -m engines gate {student}", soft_wrap=True)
     return 0
+
+
+def _delete_progress(out: Path) -> None:
+    for name in ("checkpoints", "best", "samples"):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def add_gate_parser(commands: Commands) -> None:
@@ -64,13 +79,40 @@ def add_gate_parser(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="of the report (default: STUDENT/report)")
     parser.add_argument("--seeds", type=_positive, default=4, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--prompts", type=_positive, default=1000, metavar="N", help="per seed (default: %(default)s)"
+        "--prompts",
+        type=_count_or_path,
+        default=1000,
+        metavar="N|FILE",
+        help="how many of the demo's per seed (default: %(default)s), or, for a model of your own, a file of "
+        "prompts: its student is compared with the teacher's pictures of most guided steps",
     )
     parser.add_argument(
-        "--reference", type=_positive, default=4000, metavar="N", help="real renders (default: %(default)s)"
+        "--num-prompts",
+        type=_positive,
+        metavar="N",
+        help="of the file per seed (default: as many as it has, at most 1000)",
     )
     parser.add_argument(
-        "--steps", type=_counts, default=(4, 2, 1), metavar="K,K", help="of the student (default: 4,2,1)"
+        "--reference",
+        type=_positive,
+        metavar="N",
+        help="real renders (default: 4000), or with a file the teacher's pictures (default: 1000)",
+    )
+    parser.add_argument(
+        "--features",
+        default="pixels",
+        metavar="SPACE",
+        help="with a file of prompts: where Fréchet distances are taken: pixels, vae, or a directory of CLIP "
+        "or DINOv2 or another image network of transformers in safetensors (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--clip", type=Path, metavar="DIR", help="with a file of prompts: score with this CLIPModel"
+    )
+    parser.add_argument(
+        "--hps", type=Path, metavar="DIR", help="with a file of prompts: score with HPSv2 as a CLIPModel"
+    )
+    parser.add_argument(
+        "--steps", type=_counts, metavar="K,K", help="of the student (default: all that it was made for)"
     )
     parser.add_argument(
         "--teacher-steps", type=_counts, default=(50, 8, 4, 2), metavar="K,K", help="default: 50,8,4,2"
@@ -81,7 +123,18 @@ def add_gate_parser(commands: Commands) -> None:
     parser.add_argument("--batch", type=_positive, default=250, metavar="N", help="default: %(default)s")
     parser.add_argument("--bf16", action="store_true", help="run the networks under bfloat16 autocast")
     parser.add_argument(
-        "--threads", type=_positive, default=1, metavar="N", help="of torch (default: %(default)s)"
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="that measure side by side, each with its own copy of the networks "
+        "(default: one per core; on a GPU, and with a file of prompts, one)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="of torch in each process (default: %(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.set_defaults(run=run_gate_command)
@@ -92,26 +145,38 @@ def run_gate_command(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from engines.distill.gate import Gate, GateConfig
+    from engines.distill.captions import read_captions
+    from engines.distill.domains import DEMOS
+    from engines.distill.evaluator import GateConfig
+    from engines.distill.gate import Gate
     from engines.distill.report import markdown
     from engines.families.checkpoint import read_json
     from engines.families.student import read_student
 
-    read_student(args.student)
+    student = read_student(args.student)
     teacher = read_json(args.student / "student.json").get("teacher", {})
+    file = args.prompts if isinstance(args.prompts, Path) else None
+    num_prompts = args.prompts
+    if file is not None:
+        num_prompts = args.num_prompts or len(read_captions(file, 1000))
     config = GateConfig(
         student=args.student,
         teacher=args.teacher or Path(teacher.get("path", "")),
-        judge=args.judge or _default_judge(),
+        judge=None if file else args.judge or _default_judge(DEMOS[student.kind].judge_name),
+        prompts=file,
+        features=args.features,
+        clip=args.clip,
+        hps=args.hps,
         out=args.out or args.student / "report",
         seeds=args.seeds,
-        num_prompts=args.prompts,
-        num_reference=args.reference,
-        steps=args.steps,
+        num_prompts=num_prompts,
+        num_reference=args.reference or (1000 if file else 4000),
+        steps=args.steps or tuple(sorted(student.num_steps, reverse=True)),
         teacher_steps=args.teacher_steps,
         guidance_scale=args.guidance_scale or float(teacher.get("guidance_scale", 1.0)),
         batch=args.batch,
         autocast=args.bf16,
+        num_processes=args.processes or (1 if file else _default_processes(args.device, args.threads)),
         num_threads=args.threads,
         device=args.device,
     )
@@ -122,9 +187,43 @@ def run_gate_command(args: argparse.Namespace) -> int:
     return 0 if report["passed"] else 1
 
 
-def _default_judge() -> Path:
-    shipped = Path(__file__).parents[1] / "demo" / "checkpoints" / "judge.safetensors"
-    return shipped if shipped.is_file() else Path("runs/demo/judge.safetensors")
+def add_ablate_parser(commands: Commands) -> None:
+    """Add `ablate CONFIG`."""
+    parser = commands.add_parser(
+        "ablate",
+        help="distil and measure with one thing changed at a time",
+        description="Distil and measure every variant of an ablation; write ablation.json and ablation.md. "
+        "What was stopped goes on where it was.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file with base config and variants")
+    parser.add_argument(
+        "--processes", type=_positive, default=1, metavar="N", help="runs side by side (default: %(default)s)"
+    )
+    parser.set_defaults(run=run_ablate)
+
+
+def run_ablate(args: argparse.Namespace) -> int:
+    """Ablate; print the table."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from engines.distill.ablation import read_ablation, run_ablation
+
+    config, console = read_ablation(args.config), Console()
+    console.print(Markdown(run_ablation(config, console, num_processes=args.processes)))
+    console.print(f"table in {config.out}", soft_wrap=True)
+    return 0
+
+
+def _default_judge(name: str) -> Path:
+    shipped = Path(__file__).parents[1] / "demo" / "checkpoints" / name
+    return shipped if shipped.is_file() else Path("runs/demo") / name
+
+
+def _default_processes(device: str, num_threads: int) -> int:
+    from engines.platform import available_cores
+
+    return max(1, available_cores() // num_threads) if device == "cpu" else 1
 
 
 def _positive(text: str) -> int:
@@ -132,6 +231,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"a positive number is expected, got {text}")
     return value
+
+
+def _count_or_path(text: str) -> int | Path:
+    return _positive(text) if text.lstrip("-").isdigit() else Path(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:

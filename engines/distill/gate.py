@@ -1,16 +1,15 @@
 """The quality gate: a student's scenes against its teacher's and real renders, read by the demo's judge.
 
 Every sampler draws the same prompts from the same noise. Accuracy is the share of pictures in which the
-judge reads exactly the scene that was asked for; Fréchet distance compares the judge's features of all
-pictures with real renders.
+judge reads all that was asked for; Fréchet distance compares the judge's features of all pictures with real
+renders; diversity is how far pictures of one prompt lie apart.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,61 +25,37 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engines.demo.judge import Judge
-from engines.demo.scenes import Scene, render, sample_scenes
-from engines.distill.frechet import Reference
-from engines.distill.pictures import Painter
-from engines.distill.report import GROUPS, contact_sheet, markdown, save_contact_sheet
+from engines.distill.evaluator import (
+    COPIES,
+    NUM_AXES,
+    Evaluator,
+    GateConfig,
+    digest,
+    hash_files,
+    measure_identity,
+    paired_distance,
+    reference_identity,
+    teacher_identity,
+)
+from engines.distill.features import PIXELS, check_features
+from engines.distill.parallel import Unit, measure_units
+from engines.distill.report import contact_sheet, markdown, save_contact_sheet
 from engines.distill.student import write_json
-from engines.distill.verdict import Measurement, Row, make_report, record_verdict
+from engines.distill.verdict import Cost, Measurement, Row, make_report, record_verdict
 from engines.errors import CheckpointError, ConfigError
+from engines.families.spec import family_of
 from engines.families.student import read_student
+from engines.platform import current_platform
 
-REFERENCE_SEED = 10_000
 SHEET_SEED = 20_000
-NUM_AXES = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GateConfig:
-    """What to measure.
-
-    Attributes:
-        student, teacher: diffusers directories.
-        judge: safetensors of `engines.demo.judge.Judge`.
-        out: where report.json, report.md and contact_sheet.png go.
-        seeds: how many times, each with its own prompts and noise.
-        num_prompts: per seed: two fifths one object, two fifths two objects, a fifth with held-out pairs.
-        num_reference: real renders that the Fréchet distance compares with.
-        steps, teacher_steps: step counts to measure.
-        guidance_scale: of the guided teacher.
-        batch: pictures sampled together.
-        autocast: run the networks in bfloat16.
-        num_threads: of torch; None leaves torch's choice.
-        device: of the networks.
-    """
-
-    student: Path
-    teacher: Path
-    judge: Path
-    out: Path
-    seeds: int = 4
-    num_prompts: int = 1000
-    num_reference: int = 4000
-    steps: tuple[int, ...] = (4, 2, 1)
-    teacher_steps: tuple[int, ...] = (50, 8, 4, 2)
-    guidance_scale: float
-    batch: int = 250
-    autocast: bool = False
-    num_threads: int | None = 1
-    device: str = "cpu"
+NUM_TIMED = 64
 
 
 def make_rows(config: GateConfig) -> list[Row]:
     """All rows of the table, in its order."""
-    rows = [Row("real", "real renders", "real"), Row("vae", "VAE of real renders", "vae")]
+    renders = [Row("real", "real renders", "real"), Row("vae", "VAE of real renders", "vae")]
+    rows = [] if config.prompts else renders
     for count in config.teacher_steps:
         name, scale = f"teacher, {_steps(count)}", config.guidance_scale
         rows.append(Row(f"teacher-{count}-cfg", f"{name}, CFG {scale:g}", "teacher", count, scale))
@@ -91,60 +66,6 @@ def make_rows(config: GateConfig) -> list[Row]:
 
 def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count} steps"
-
-
-@dataclass(frozen=True, slots=True)
-class PromptSet:
-    """The scenes of one seed, and which kind each is."""
-
-    scenes: list[Scene]
-    groups: list[str]
-    seed: int
-
-    def render(self) -> Tensor:
-        """Real pictures of them, (N, H, W, 3) uint8."""
-        return render(self.scenes, self.seed)
-
-
-def make_prompts(seed: int, counts: dict[str, int]) -> PromptSet:
-    """Draw scenes; held-out ones have a (shape, colour) pair that training never showed."""
-    drawn = {
-        "one_object": sample_scenes(counts["one_object"], seed, split="train", num_objects=1),
-        "two_objects": sample_scenes(counts["two_objects"], seed, split="train", num_objects=2),
-        "held_out": sample_scenes(counts["held_out"], seed, split="held_out"),
-    }
-    return PromptSet(
-        scenes=[scene for scenes in drawn.values() for scene in scenes],
-        groups=[group for group, scenes in drawn.items() for _ in scenes],
-        seed=seed,
-    )
-
-
-def group_counts(num_prompts: int) -> dict[str, int]:
-    held_out = num_prompts // 5
-    one_object = (num_prompts - held_out) // 2
-    return {
-        "one_object": one_object,
-        "two_objects": num_prompts - held_out - one_object,
-        "held_out": held_out,
-    }
-
-
-def measure(images: Tensor, prompts: PromptSet, judge: Judge, reference: Reference) -> Measurement:
-    """Read pictures (N, H, W, 3) uint8 back and compare them with what was asked and with real ones."""
-    right = [
-        said.key() == asked.key() for said, asked in zip(judge.read(images), prompts.scenes, strict=True)
-    ]
-    accuracy = {"all": 100.0 * sum(right) / len(right)}
-    for group in GROUPS:
-        hits = [hit for hit, kind in zip(right, prompts.groups, strict=True) if kind == group]
-        accuracy[group] = 100.0 * sum(hits) / len(hits)
-    return Measurement(accuracy, reference.distance(judge.features(images)))
-
-
-def noise_seeds(seed: int, num: int) -> list[int]:
-    """Seeds of a prompt set's noise, the same for every row of the table; below 2**32, see `noise`."""
-    return [seed * 100_000 + index for index in range(num)]
 
 
 class Measurements:
@@ -166,7 +87,13 @@ class Measurements:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return
-        self._done = {key: Measurement(**values) for key, values in stored.items()}
+        known = {field.name for field in fields(Measurement)}
+        # entries of other versions have other identities; they stay, as far as they can be read
+        self._done = {
+            key: Measurement(**values)
+            for key, values in (stored.items() if isinstance(stored, dict) else ())
+            if isinstance(values, dict) and {"accuracy", "frechet"} <= values.keys() <= known
+        }
 
     def _key(self, row: Row, seed: int) -> str:
         return f"{row.key}@{seed}#{self.identities[row.source]}"
@@ -182,6 +109,31 @@ class Measurements:
         return [self._done[self._key(row, seed)] for seed in range(num_seeds)]
 
 
+def check_config(config: GateConfig) -> None:
+    """Refuse settings that measure nothing.
+
+    Raises:
+        CheckpointError: there is no judge.
+        ConfigError: too few prompts, pictures or steps, or measures that do not go together.
+    """
+    if config.num_prompts < 10 or config.num_reference < 10 or config.seeds < 1:
+        raise ConfigError("gate: at least 1 seed, 10 prompts and 10 reference pictures are needed")
+    if config.prompts is not None:
+        check_features(config.features)
+        if not config.teacher_steps:
+            raise ConfigError("gate: teacher_steps: what else are pictures to be compared with?")
+        return
+    if config.clip or config.hps or config.features != PIXELS:
+        raise ConfigError(
+            "gate: features, clip and hps go with a file of prompts; the demo's scenes have a judge"
+        )
+    if config.judge is None or not config.judge.is_file():
+        raise CheckpointError(
+            f"{config.judge}: no such file; the judge is made by python -m engines demo-teacher. Models that "
+            "draw something else than the demo's scenes need --prompts FILE"
+        )
+
+
 class Gate:
     """Everything a gate works with.
 
@@ -191,32 +143,18 @@ class Gate:
     """
 
     def __init__(self, config: GateConfig, console: Console) -> None:
-        if config.num_prompts < 10 or config.num_reference < 10 or config.seeds < 1:
-            raise ConfigError("gate: at least 1 seed, 10 prompts and 10 reference renders are needed")
-        if not config.judge.is_file():
-            raise CheckpointError(
-                f"{config.judge}: no such file; the judge is made by python -m engines demo-teacher"
-            )
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        check_config(config)
         self.config = config
         self.console = console
         self.student = read_student(config.student)
-        self.judge = Judge.load(config.judge)
+        family_of(config.teacher)
+        self.evaluator = Evaluator(config)
+        # refuse what cannot be read before hours of sampling
+        self.evaluator.domain.counts(config.num_prompts)
+        self.evaluator.features, self.evaluator.scorers  # noqa: B018
         self.rows = make_rows(config)
-        autocast = torch.bfloat16 if config.autocast else None
-        self.painters = {
-            name: Painter(
-                directory,
-                max_tokens=self.student.max_text_tokens,
-                batch=config.batch,
-                autocast=autocast,
-                device=config.device,
-            )
-            for name, directory in (("teacher", config.teacher), ("student", config.student))
-        }
         config.out.mkdir(parents=True, exist_ok=True)
-        self.measurements = Measurements(config.out / "measurements.json", _identities(config))
+        self.measurements = Measurements(config.out / "measurements.json", identities(config))
 
     def run(self) -> dict[str, Any]:
         """Measure what is missing, write report and contact sheet, record the verdict in `student.json`.
@@ -225,13 +163,11 @@ class Gate:
             The content of report.json; its `passed` is the verdict.
         """
         config = self.config
-        # plain matrix products beat the fused attention kernels on the CPU at these few tokens
-        with sdpa_kernel(SDPBackend.MATH):
-            self.measure_all()
-            sheet = self.contact_sheet()
-        save_contact_sheet(config.out / "contact_sheet.png", sheet)
+        self.measure_all()
+        costs = self.measure_costs()
+        save_contact_sheet(config.out / "contact_sheet.png", self.contact_sheet())
         measured = [(row, self.measurements.of(row, config.seeds)) for row in self.rows]
-        report = make_report(self.student, self.setup(), measured, max(config.teacher_steps, default=0))
+        report = make_report(self.student, self.setup(), measured, self.most_steps, costs)
         write_json(config.out / "report.json", report)
         (config.out / "report.md").write_text(markdown(report), encoding="utf-8")
         record_verdict(config.student, report)
@@ -242,26 +178,59 @@ class Gate:
         config = self.config
         return {
             "seeds": list(range(config.seeds)),
-            "counts": group_counts(config.num_prompts),
+            "groups": dict(self.evaluator.domain.groups),
+            "counts": self.evaluator.domain.counts(config.num_prompts),
             "num_reference": config.num_reference,
             "num_axes": NUM_AXES,
+            "features": config.features if config.prompts else None,
+            "reference_steps": self.most_steps if config.prompts else None,
+            "scores": list(self.evaluator.scorers),
+            "num_repeated": config.num_repeated,
+            "copies": COPIES,
             "guidance_scale": config.guidance_scale,
             "precision": "bfloat16 autocast" if config.autocast else "float32",
             "device": config.device,
             "torch": torch.__version__,
+            "timing": {
+                "num_pictures": self.num_timed,
+                "batch": min(config.batch, self.num_timed),
+                "machine": self.machine,
+            },
+            "parameters": {
+                "teacher": self.evaluator.num_parameters("teacher"),
+                "student": self.evaluator.num_parameters("student"),
+            },
         }
 
+    @property
+    def most_steps(self) -> int:
+        """The teacher's step count that the student is held to."""
+        return max(self.config.teacher_steps, default=0)
+
+    @property
+    def num_timed(self) -> int:
+        return min(NUM_TIMED, self.config.num_prompts)
+
+    @property
+    def machine(self) -> str:
+        """Where it is timed."""
+        device = torch.device(self.config.device)
+        if device.type == "cuda":
+            return torch.cuda.get_device_name(device)
+        threads = torch.get_num_threads()
+        return f"{current_platform().cpu}, {threads} thread{'s' if threads > 1 else ''}"
+
     def measure_all(self) -> None:
-        """Measure every row at every seed that was not measured before."""
-        config, counts = self.config, group_counts(self.config.num_prompts)
+        """Measure every row at every seed that was not measured before, the longest first."""
         todo = [
             (seed, row)
-            for seed in range(config.seeds)
+            for seed in range(self.config.seeds)
             for row in self.rows
             if self.measurements.get(row, seed) is None
         ]
         if not todo:
             return
+        todo.sort(key=lambda unit: -unit[1].cost)
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -272,42 +241,70 @@ class Gate:
         )
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             task = progress.add_task("rendering", total=sum(row.cost for _, row in todo))
-            real = make_prompts(REFERENCE_SEED, group_counts(config.num_reference))
-            reference = Reference.fit(self.judge.features(real.render()), NUM_AXES)
-            prompts: PromptSet | None = None
-            for seed, row in todo:
-                if prompts is None or prompts.seed != seed:
-                    prompts = make_prompts(seed, counts)
-                progress.update(task, description=f"seed {seed}: {row.label}")
-                measurement = measure(self.paint(row, prompts), prompts, self.judge, reference)
+            reference = self.evaluator.fit_reference(
+                lambda done: progress.update(
+                    task, description=f"reference: {done} of {self.config.num_reference}"
+                )
+            )
+            progress.update(task, description=f"0 of {len(todo)} measured")
+
+            count = itertools.count(1)
+
+            def on_done(unit: Unit, measurement: Measurement) -> None:
+                seed, row = unit
                 self.measurements.add(row, seed, measurement)
-                progress.advance(task, row.cost)
+                finished = f"{next(count)} of {len(todo)} measured"
+                progress.update(task, advance=row.cost, description=finished)
                 self.console.print(_line(seed, row, measurement), soft_wrap=True, highlight=False)
 
-    def paint(self, row: Row, prompts: PromptSet) -> Tensor:
-        """Make a row's pictures, (N, H, W, 3) uint8."""
-        if row.source == "real":
-            return prompts.render()
-        if row.source == "vae":
-            return self.painters["student"].codec.round_trip(prompts.render(), self.config.batch)
-        return self.painters[row.source](
-            [scene.caption() for scene in prompts.scenes],
-            noise_seeds(prompts.seed, len(prompts.scenes)),
-            num_steps=row.num_steps,
-            guidance_scale=row.guidance_scale,
-        )
+            measure_units(todo, self.evaluator, reference, on_done)
+
+    def measure_costs(self) -> dict[str, Cost]:
+        """Time every sampler alone, and compare its pictures with the teacher's best from the same noise."""
+        config, path = self.config, self.config.out / "costs.json"
+        same = [self.machine, config.batch, config.num_threads, self.num_timed, self.most_steps]
+        known = _read_costs(path)
+        names = {row.key: f"{row.key}#{self._cost_identity(row, same)}" for row in self.rows}
+        sampled = [row for row in self.rows if row.source in ("teacher", "student")]
+        best = next((row for row in sampled if row.key == f"teacher-{self.most_steps}-cfg"), None)
+        todo = [row for row in sampled if names[row.key] not in known]
+        if best is not None and todo:
+            prompts = self.evaluator.domain.prompts(SHEET_SEED, self.num_timed)
+            theirs: Tensor | None = None
+            for row in [best, *(row for row in todo if row is not best)]:
+                with self.console.status(f"timing {row.label}"):
+                    pictures, seconds = self.evaluator.paint_timed(row, prompts)
+                    features = self.evaluator.features(pictures)
+                theirs = features if theirs is None else theirs
+                known[names[row.key]] = Cost(seconds, paired_distance(features, theirs))
+                write_json(path, {name: asdict(cost) for name, cost in known.items()})
+        return {row.key: known[names[row.key]] for row in sampled if names[row.key] in known}
+
+    def _cost_identity(self, row: Row, same: list[object]) -> str:
+        of = [self.measurements.identities[source] for source in ("teacher", row.source)]
+        return digest([*of, *same])
 
     def contact_sheet(self) -> Image.Image:
         """Teacher and student beside each other, from the same prompts and noise."""
-        most = max(self.config.teacher_steps, default=0)
-        wanted = [f"teacher-{most}-cfg", "teacher-4-cfg", "teacher-4"]
+        steps = self.student.default_num_steps
+        wanted = [f"teacher-{self.most_steps}-cfg", f"teacher-{steps}-cfg", f"teacher-{steps}"]
         wanted += [f"student-{count}" for count in self.config.steps]
         by_key = {row.key: row for row in self.rows}
         shown = [by_key[key] for key in wanted if key in by_key]
-        prompts = make_prompts(SHEET_SEED, {"one_object": 3, "two_objects": 3, "held_out": 2})
-        titles = [_title(row) for row in shown]
-        pictures = [self.paint(row, prompts) for row in shown]
-        return contact_sheet(titles, pictures, [scene.caption() for scene in prompts.scenes])
+        prompts = self.evaluator.domain.prompts(SHEET_SEED, 20)
+        groups = dict.fromkeys(prompts.groups)
+        rows = [prompts.groups.index(group) + i for group in groups for i in range(3)] or list(range(6))
+        prompts = prompts.take(rows)
+        pictures = [self.evaluator.paint(row, prompts) for row in shown]
+        height = 96 if self.student.kind == "video" else 192
+        return contact_sheet([_title(row) for row in shown], pictures, prompts.captions, height=height)
+
+
+def _read_costs(path: Path) -> dict[str, Cost]:
+    try:
+        return {name: Cost(**values) for name, values in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (OSError, json.JSONDecodeError, TypeError, AttributeError):
+        return {}
 
 
 def _title(row: Row) -> tuple[str, str]:
@@ -317,32 +314,23 @@ def _title(row: Row) -> tuple[str, str]:
 
 
 def _line(seed: int, row: Row, measurement: Measurement) -> str:
-    shares = "  ".join(f"{name} {measurement.accuracy[group]:.1f} %" for group, name in GROUPS.items())
-    return f"seed {seed}  {row.label}: {shares}  Fréchet {measurement.frechet:.2f} %"
+    numbers = [f"{group} {share:.1f} %" for group, share in measurement.accuracy.items()]
+    numbers += [f"Fréchet {measurement.frechet:.2f} %"]
+    numbers += [f"{name} {score:.2f}" for name, score in measurement.scores.items()]
+    return f"seed {seed}  {row.label}: {'  '.join(numbers)}"
 
 
-def _identities(config: GateConfig) -> dict[str, str]:
+def identities(config: GateConfig) -> dict[str, str]:
     """What has to be the same for measurements to be reused, per source of rows."""
-    setting = [_hash([config.judge]), config.num_prompts, config.num_reference, config.autocast]
-    teacher, student = _weights_hash(config.teacher), _weights_hash(config.student)
+    measures = [*measure_identity(config), config.num_prompts, config.num_reference]
+    if config.prompts is not None:  # all are compared with the teacher
+        measures.append(reference_identity(config))
+    student = read_student(config.student)
+    weights = hash_files(sorted(config.student.glob("*/*.safetensors")))
     parts: dict[str, list[object]] = {
-        "real": setting,
-        "vae": [*setting, _hash(sorted(config.student.glob("vae/*.safetensors")))],
-        "teacher": [*setting, teacher, config.guidance_scale],
-        "student": [*setting, student],
+        "real": measures,
+        "vae": [*measures, hash_files(sorted(config.student.glob("vae/*.safetensors")))],
+        "teacher": [*measures, *teacher_identity(config)],
+        "student": [*measures, weights, sorted(student.timesteps.items())],
     }
-    return {
-        source: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for source, part in parts.items()
-    }
-
-
-def _weights_hash(directory: Path) -> str:
-    return _hash(sorted(directory.glob("*/*.safetensors")))
-
-
-def _hash(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    return {source: digest(part) for source, part in parts.items()}

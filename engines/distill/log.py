@@ -7,8 +7,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,17 +32,28 @@ class RunLog:
         iterations: in all.
         tensorboard: also write TensorBoard events.
         console: a bar on a terminal, a line per report elsewhere.
+        writes: keep files; not for processes that work for another one's run.
     """
 
     def __init__(
-        self, directory: Path, iteration: int, iterations: int, *, tensorboard: bool, console: Console
+        self,
+        directory: Path,
+        iteration: int,
+        iterations: int,
+        *,
+        tensorboard: bool,
+        console: Console,
+        writes: bool = True,
     ) -> None:
         self.console = console
         self.iterations = iterations
-        self._path = directory / "metrics.jsonl"
-        _truncate(self._path, iteration)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = _summary_writer(directory, iteration, console) if tensorboard else None
+        self._file: TextIO | None = None
+        self._tensorboard: Any = None
+        if writes:
+            path = directory / "metrics.jsonl"
+            _truncate(path, iteration)
+            self._file = path.open("a", encoding="utf-8")
+            self._tensorboard = _summary_writer(directory, iteration, console) if tensorboard else None
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -63,7 +76,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
@@ -73,10 +87,13 @@ class RunLog:
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Write one line of metrics, and show losses, the distance per step, and the time left."""
-        self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
+            self._file.flush()
         steps = "  ".join(f"{step} {distance:.3f}" for step, distance in metrics["distance"].items())
-        losses = f"fake {metrics['fake_loss']:.4f}  student {metrics['student_loss']:.4f}  |  {steps}"
+        named = ((name, metrics.get(f"{name}_loss")) for name in ("fake", "student"))
+        losses = "  ".join(f"{name} {loss:.4f}" for name, loss in named if loss is not None)
+        losses = f"{losses}  |  {steps}"
         self._progress.update(self._task, losses=losses)
         if not self.console.is_terminal:
             eta = f"eta {_clock(metrics['eta_s'])}"
@@ -86,6 +103,16 @@ class RunLog:
         if self._tensorboard is not None:
             for name, value in _scalars(metrics):
                 self._tensorboard.add_scalar(name, value, metrics["iteration"])
+
+    def value(self, name: str, value: float, iteration: int) -> None:
+        """Show a number in TensorBoard that is not measured in every iteration."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_scalar(name, value, iteration)
+
+    def picture(self, name: str, picture: Image.Image, iteration: int) -> None:
+        """Show a picture in TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
 
     def say(self, message: str) -> None:
         """Print one line above the bar."""

@@ -6,80 +6,37 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from engines.denoiser import Conditioning
-from engines.distill.config import DistillConfig
-from engines.errors import ConfigError
-from engines.families.pixart import TextStage, load_text_encoder
-from engines.families.tokenizer import clean_prompt
+from engines.denoiser import Conditioning, concat
+from engines.distill.captions import read_captions
+from engines.distill.config import DistillConfig, PromptSource
+from engines.distill.disk import room_for
+from engines.families.spec import FamilySpec, family_of
 
-PIXART_TEXT_TOKENS = 120
-"""Length that published PixArt-alpha was trained with, far below its tokenizer's limit."""
+CHUNK = 256
+"""Prompts encoded together."""
 
 
-def load_prompts(source: Literal["demo"] | Path, num_prompts: int, seed: int) -> list[str]:
-    """Read prompts, one per line, blank lines ignored; or draw demo captions.
+def load_prompts(source: PromptSource, num_prompts: int, seed: int) -> list[str]:
+    """Draw captions of the demo's scenes or videos, or read a file's prompts.
 
     Raises:
-        ConfigError: the file is missing or holds no prompt.
+        ConfigError: as `captions.read_captions`.
     """
     if source == "demo":
         from engines.demo.scenes import sample_captions
 
         return sample_captions(num_prompts, seed, split="train")
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts: cannot read {source}: {error}") from None
-    prompts = [line.strip() for line in lines if line.strip()][:num_prompts]
-    if not prompts:
-        raise ConfigError(f"prompts: {source} holds no prompt; one per line is expected")
-    return prompts
+    if source == "demo-video":
+        from engines.demo.video.scenes import sample_captions as sample_video_captions
 
-
-class TextEncoder:
-    """Tokenizer and text encoder of a pipeline directory.
-
-    Args:
-        directory: a diffusers `PixArtAlphaPipeline` directory.
-        max_tokens: length that prompts are padded or cut to; by default the tokenizer's limit, at most 120.
-        device: where the encoder runs and its results stay.
-    """
-
-    def __init__(
-        self, directory: Path, *, max_tokens: int | None = None, device: torch.device | str = "cpu"
-    ) -> None:
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory / "tokenizer")
-        self.encoder = TextStage(load_text_encoder(directory)).to(device)
-        self.max_tokens = max_tokens or min(int(self.tokenizer.model_max_length), PIXART_TEXT_TOKENS)
-        self.device = device
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str], batch_size: int = 256) -> Conditioning:
-        """Encode prompts as `PixArtAlphaPipeline` does: lower case, padded to one length, padding masked.
-
-        Returns:
-            Conditioning of len(prompts) rows, fp32 text, int64 mask.
-        """
-        texts, masks = [], []
-        for start in range(0, len(prompts), batch_size):
-            tokens = self.tokenizer(
-                [clean_prompt(prompt) for prompt in prompts[start : start + batch_size]],
-                padding="max_length",
-                max_length=self.max_tokens,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.device)
-            texts.append(self.encoder(tokens.input_ids, tokens.attention_mask))
-            masks.append(tokens.attention_mask)
-        return Conditioning(torch.cat(texts), torch.cat(masks))
+        return sample_video_captions(num_prompts, seed, split="train")
+    return read_captions(source, num_prompts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,57 +44,104 @@ class PromptBank:
     """Encoded prompts to draw training batches from.
 
     Attributes:
-        prompts: (N, L, D) text fp16 and mask, on the CPU.
-        uncond: the empty prompt, one row.
+        prompts: N rows, text (N, L, D) and pooled in fp16, on the CPU.
+        uncond: what the network is told when there is no prompt, one row.
         max_tokens: L.
+        captions: the prompts' texts, if known.
     """
 
     prompts: Conditioning
     uncond: Conditioning
     max_tokens: int
+    captions: tuple[str, ...] = ()
 
-    def draw(self, batch: int, rng: torch.Generator) -> Conditioning:
-        """Draw rows evenly, with replacement; text is fp32."""
-        rows = torch.randint(len(self.prompts), (batch,), generator=rng)
-        return Conditioning(self.prompts.text[rows].float(), self.prompts.mask[rows])
+    def draw(self, batch: int, rng: torch.Generator, share: slice = slice(None)) -> Conditioning:
+        """Draw rows evenly, with replacement, and keep a share of them; text and pooled are fp32."""
+        return self.rows(torch.randint(len(self.prompts), (batch,), generator=rng)[share])
+
+    def rows(self, index: Tensor) -> Conditioning:
+        """Select prompts; text and pooled are fp32."""
+        rows = self.prompts.rows(index)
+        pooled = None if rows.pooled is None else rows.pooled.float()
+        return Conditioning(rows.text.float(), rows.mask, pooled=pooled)
 
 
-def load_prompt_bank(config: DistillConfig, device: torch.device | str = "cpu") -> PromptBank:
-    """Encode a run's prompts, or read them from `out/prompts.safetensors` if they were encoded before.
+def load_prompt_bank(
+    config: DistillConfig,
+    device: torch.device | str = "cpu",
+    prompts: list[str] | None = None,
+    *,
+    file: str = "prompts.safetensors",
+) -> PromptBank:
+    """Encode a run's prompts, or read them from `out/FILE` if they were encoded before.
 
-    The cache holds as long as prompts, length and the teacher's text encoder (files, sizes, times) are the
-    same. A text encoder can be thousands of times the size of its embeddings; it is freed before training
+    The cache holds as long as prompts, length and the teacher's text encoders (files, sizes, times) are the
+    same. Text encoders can be thousands of times the size of their embeddings; they are freed before training
     starts.
+
+    Args:
+        prompts: instead of those that the settings name.
+    Raises:
+        CheckpointError: the teacher's tokenizers or text encoders cannot be used.
+        ConfigError: prompts cannot be read.
+        TrainingError: there is no room for the cache.
     """
-    prompts = load_prompts(config.prompts, config.num_prompts, config.seed)
-    path = config.out / "prompts.safetensors"
-    key = _fingerprint(prompts, config)
+    if prompts is None:
+        prompts = load_prompts(config.prompts, config.num_prompts, config.seed)
+    family = family_of(config.teacher)
+    path = config.out / file
+    key = _fingerprint(prompts, config, family)
     tensors = _read_cache(path, key)
     if tensors is None:
-        encode = TextEncoder(config.teacher, max_tokens=config.max_text_tokens, device=device)
-        bank, uncond = encode(prompts), encode([""])
-        tensors = {
-            "text": bank.text.half(),
-            "mask": bank.mask,
-            "uncond_text": uncond.text,
-            "uncond_mask": uncond.mask,
-        }
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        config.out.mkdir(parents=True, exist_ok=True)
+        tensors = _encode(prompts, config, family, device)
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"fingerprint": key})
+        with room_for(
+            path, sum(tensor.nbytes for tensor in tensors.values()), "Nothing has been trained yet"
+        ):
+            config.out.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors, partial, {"fingerprint": key})
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
         partial.replace(path)
     return PromptBank(
-        Conditioning(tensors["text"], tensors["mask"]),
-        Conditioning(tensors["uncond_text"], tensors["uncond_mask"]),
+        Conditioning(tensors["text"], tensors["mask"], pooled=tensors.get("pooled")),
+        Conditioning(tensors["uncond_text"], tensors["uncond_mask"], pooled=tensors.get("uncond_pooled")),
         max_tokens=tensors["text"].shape[1],
+        captions=tuple(prompts),
     )
 
 
-def _fingerprint(prompts: list[str], config: DistillConfig) -> str:
+def _encode(
+    prompts: list[str], config: DistillConfig, family: FamilySpec, device: torch.device | str
+) -> dict[str, Tensor]:
+    encode = family.load_encoder(config.teacher, max_tokens=config.max_text_tokens, device=device)
+    starts = range(0, len(prompts), CHUNK)
+    # a large encoder's embeddings of all prompts would not fit beside it
+    bank = concat([_half(encode(prompts[start : start + CHUNK])) for start in starts])
+    uncond = encode.unconditional()
+    tensors = {
+        "text": bank.text,
+        "mask": bank.mask,
+        "pooled": bank.pooled,
+        "uncond_text": uncond.text,
+        "uncond_mask": uncond.mask,
+        "uncond_pooled": uncond.pooled,
+    }
+    return {name: value.cpu().contiguous() for name, value in tensors.items() if value is not None}
+
+
+def _half(cond: Conditioning) -> Conditioning:
+    pooled = None if cond.pooled is None else cond.pooled.half()
+    return Conditioning(cond.text.half(), cond.mask, pooled=pooled).to("cpu")
+
+
+def _fingerprint(prompts: list[str], config: DistillConfig, family: FamilySpec) -> str:
     encoder = [
         (str(file.relative_to(config.teacher)), file.stat().st_size, file.stat().st_mtime_ns)
-        for part in ("tokenizer", "text_encoder")
+        for part in family.copied_parts
+        if part.startswith(("tokenizer", "text_encoder"))
         for file in sorted((config.teacher / part).rglob("*"))
     ]
     parts = json.dumps([prompts, config.max_text_tokens, encoder])

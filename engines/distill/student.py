@@ -1,133 +1,250 @@
-"""The student: a copy of its teacher that knows the step count, and the checkpoint directory it ships as."""
+"""The teacher that a run starts from, and the checkpoint directory that its student ships as."""
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engines.bucket import Bucket
 from engines.denoiser import is_step_aware
 from engines.distill.config import DistillConfig
-from engines.errors import CheckpointError
-from engines.families.checkpoint import read_config, read_json
-from engines.families.pixart import STEPS_EMBEDDING_KEY, load_transformer, make_step_aware
-from engines.schedule import NoiseSchedule, student_timesteps
+from engines.distill.disk import room_for
+from engines.errors import CheckpointError, ConfigError
+from engines.families.checkpoint import check_safetensors, read_json, weight_files
+from engines.families.spec import FamilySpec, family_of
+from engines.families.student import read_student
+from engines.schedule import NoiseSchedule
 
-COPIED_PARTS = ("tokenizer", "text_encoder", "vae", "scheduler")
+# fmt: off
+SCHEDULERS = (
+    "DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete",
+    "KDPM2Discrete", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep",
+    "SASolver", "LCM", "TCD", "CogVideoXDDIM", "CogVideoXDPM", "FlowMatchEulerDiscrete",
+    "FlowMatchHeunDiscrete", "FlowMatchLCM",
+)
+# fmt: on
+"""Diffusers' solvers for models trained with betas or flow matching. Others, of EDM models for one, keep
+their noise levels in fields that `NoiseSchedule` does not read, and it must not fall back to its defaults."""
+
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
-def load_teacher(directory: Path) -> tuple[PixArtTransformer2DModel, NoiseSchedule]:
-    """Load what distillation needs of a teacher: its transformer in fp32 and its noise schedule.
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """What distillation needs of a teacher.
+
+    Attributes:
+        family: whose functions call the network.
+        network: in eval mode, frozen.
+        schedule: its noise levels, on the network's device.
+    """
+
+    family: FamilySpec
+    network: nn.Module
+    schedule: NoiseSchedule
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move network and schedule."""
+        return Teacher(self.family, nn.Module.to(self.network, device), self.schedule.to(device))
+
+
+def load_teacher(directory: Path, dtype: torch.dtype = torch.float32) -> Teacher:
+    """Load a diffusers directory of any family.
 
     Raises:
         CheckpointError: a part is missing, damaged or unsupported, or the directory holds a student.
     """
-    transformer = load_transformer(directory, torch.float32)
-    if is_step_aware(transformer):
+    family = family_of(directory)
+    check_copied_parts(directory, family)
+    schedule = load_schedule(directory)
+    network = family.load_network(directory, dtype)
+    if is_step_aware(network):
         raise CheckpointError(f"{directory}: holds a student already; a teacher has no steps embedding")
-    try:
-        schedule = NoiseSchedule.from_config(read_json(directory / "scheduler" / "scheduler_config.json"))
-    except ValueError as error:
-        raise CheckpointError(f"{directory}: {error}") from None
-    return transformer, schedule
+    return Teacher(family, network, schedule)
 
 
-def step_aware_copy(
-    teacher: PixArtTransformer2DModel, max_num_steps: int, zero_row: int
-) -> PixArtTransformer2DModel:
-    """Copy the teacher with a steps embedding, all parameters trainable.
+def check_copied_parts(directory: Path, family: FamilySpec) -> None:
+    """Check that what the student takes over is there, and in safetensors, before hours are spent on it.
 
-    Args:
-        zero_row: the row that never learns and stays zero. A student with this many steps is the
-            transformer without the embedding, which is what software unaware of it runs.
+    Raises:
+        CheckpointError: a part is missing, or its weights are missing, damaged or pickles.
     """
-    student = copy.deepcopy(teacher)
-    make_step_aware(student, max_num_steps)
-    student.requires_grad_(True)
-
-    def mask(gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        gradient[zero_row] = 0.0
-        return gradient
-
-    student.get_parameter(STEPS_EMBEDDING_KEY).register_hook(mask)
-    return student
+    for part in family.copied_parts:
+        if not (directory / part).is_dir():
+            raise CheckpointError(f"{part}: folder is missing from {directory}")
+        if part.startswith(("text_encoder", "vae")):
+            for file in weight_files(directory / part):
+                check_safetensors(file)
 
 
-def latent_shape(transformer: PixArtTransformer2DModel) -> tuple[int, int, int]:
-    """Shape of one row of latents, (C, h, w), at the resolution the transformer was trained at."""
-    size = int(transformer.config.sample_size)
-    return int(transformer.config.in_channels), size, size
+def load_initial_weights(config: DistillConfig, teacher: Teacher) -> dict[str, Tensor]:
+    """Read the weights of the student that another one is to start from, `config.student_init`.
+
+    Raises:
+        CheckpointError: it is no student, or differs from what this run trains in family, size, noise levels,
+            step counts or timesteps; names the field.
+    """
+    directory = config.student_init
+    assert directory is not None
+    first, family = read_student(directory), family_of(directory)
+    if family is not teacher.family:
+        raise CheckpointError(
+            f"{directory}: a student of {teacher.family.name} is expected, not {family.name}"
+        )
+    schedule = load_schedule(directory)
+    if schedule.prediction_type != teacher.schedule.prediction_type:
+        raise CheckpointError(
+            f"{directory}/scheduler/scheduler_config.json: field prediction_type: "
+            f"{schedule.prediction_type}, the teacher's is {teacher.schedule.prediction_type}"
+        )
+    if not torch.equal(schedule.alphas, teacher.schedule.alphas.cpu()):
+        raise CheckpointError(
+            f"{directory}/scheduler/scheduler_config.json: other noise levels than the teacher's"
+        )
+    for count, visited in config.student_timesteps(schedule.num_timesteps).items():
+        if list(first.timesteps.get(count, ())) != visited:
+            raise CheckpointError(
+                f"{directory}/student.json: field timesteps.{count}: "
+                f"{list(first.timesteps.get(count, ()))}, this run visits {visited}"
+            )
+    if first.default_num_steps != config.default_num_steps:
+        raise CheckpointError(
+            f"{directory}/student.json: field default_num_steps: {first.default_num_steps}, this run's is "
+            f"{config.default_num_steps}"
+        )
+    weights = family.load_network(directory, torch.float32).state_dict()
+    steps = weights.get(family.steps_key)
+    if steps is None or len(steps) != max(config.num_steps) + 1:
+        found = "none" if steps is None else f"one for up to {len(steps) - 1}"
+        raise CheckpointError(
+            f"{directory}: a steps embedding for up to {max(config.num_steps)} is expected, found {found}"
+        )
+    theirs = {key: value.shape for key, value in weights.items() if key != family.steps_key}
+    if theirs != {key: value.shape for key, value in teacher.network.state_dict().items()}:
+        raise CheckpointError(f"{directory}: the network differs in size from the teacher's")
+    return weights
+
+
+def load_schedule(directory: Path) -> NoiseSchedule:
+    """Read the noise levels of a diffusers directory.
+
+    Raises:
+        CheckpointError: the scheduler's config is missing, or asks for what `NoiseSchedule` does not know;
+            names the field.
+    """
+    path = directory / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    name = str(config.get("_class_name"))
+    if name.removesuffix("Scheduler") not in SCHEDULERS:
+        raise CheckpointError(
+            f"{path}: field _class_name: {name} is not supported: the noise levels of a "
+            "diffusion (DDPM) or flow-matching model are expected"
+        )
+    try:
+        schedule = NoiseSchedule.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if not bool((schedule.alphas.diff() < 0).all()):
+        raise CheckpointError(
+            f"{path}: fields beta_start, beta_end: noise has to rise with every timestep, with "
+            f"{config.get('beta_start')} and {config.get('beta_end')} it does not"
+        )
+    return schedule
+
+
+def student_bucket(config: DistillConfig, family: FamilySpec) -> tuple[Bucket, tuple[int, ...]]:
+    """What the student draws, and the shape of one row of its latents.
+
+    Raises:
+        CheckpointError: a config of the teacher is missing or lacks a field.
+        ConfigError: the teacher's parts cannot make that height, width or number of frames.
+    """
+    bucket = config.bucket(family.native_bucket(config.teacher))
+    if family.kind == "image" and bucket.frames != 1:
+        raise ConfigError(f"frames: {family.name} draws images, which have one frame, not {bucket.frames}")
+    try:
+        return bucket, family.latent_shape(config.teacher, bucket)
+    except CheckpointError as error:
+        problem = str(error).removeprefix("student.json: field ")
+        if problem == str(error):
+            raise
+        raise ConfigError(problem) from None
 
 
 def write_student(
     directory: Path,
     config: DistillConfig,
-    network: nn.Module,
-    average: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     *,
     max_text_tokens: int,
     training: Mapping[str, Any],
 ) -> None:
-    """Write a `PixArtAlphaPipeline` directory with the averaged weights in fp16, and `student.json`.
+    """Write a diffusers directory with the averaged weights in fp16, and `student.json`.
 
-    Everything but the transformer is copied from the teacher. The directory appears complete or not at all.
+    Everything but the network is copied from the teacher. The directory appears complete or not at all.
 
     Args:
-        average: the student's parameters by name.
+        weights: the student's network, adapters merged.
         training: what to record about the run.
+    Raises:
+        TrainingError: there is no room.
     """
+    family = family_of(config.teacher)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for part in COPIED_PARTS:
-        shutil.copytree(config.teacher / part, partial / part)
-    shutil.copy(config.teacher / "model_index.json", partial)
-    (partial / "transformer").mkdir()
-    shutil.copy(config.teacher / "transformer" / "config.json", partial / "transformer")
-    weights = {**network.state_dict(), **average}
-    save_file(
-        {key: tensor.detach().half().cpu().contiguous() for key, tensor in weights.items()},
-        partial / "transformer" / WEIGHTS_NAME,
-        {"format": "pt"},
+    description = describe(config, family, max_text_tokens=max_text_tokens, training=training)
+    halves = {key: tensor.detach().half().cpu().contiguous() for key, tensor in weights.items()}
+    num_bytes = sum(tensor.nbytes for tensor in halves.values())
+    num_bytes += sum(
+        file.stat().st_size for part in family.copied_parts for file in (config.teacher / part).rglob("*")
     )
-    description = describe(config, network, max_text_tokens=max_text_tokens, training=training)
-    write_json(partial / "student.json", description)
+    with room_for(directory, num_bytes, "The training is done and its last checkpoint stays"):
+        try:
+            for part in family.copied_parts:
+                shutil.copytree(config.teacher / part, partial / part)
+            shutil.copy(config.teacher / "model_index.json", partial)
+            network = partial / family.network_part
+            network.mkdir()
+            shutil.copy(config.teacher / family.network_part / "config.json", network)
+            save_file(halves, network / WEIGHTS_NAME, {"format": "pt"})
+            write_json(partial / "student.json", description)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
 
 
 def describe(
-    config: DistillConfig, network: nn.Module, *, max_text_tokens: int, training: Mapping[str, Any]
+    config: DistillConfig, family: FamilySpec, *, max_text_tokens: int, training: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Content of `student.json`: what a sampler has to know, and where the student comes from."""
-    schedule = read_json(config.teacher / "scheduler" / "scheduler_config.json")
-    num_train_timesteps = int(schedule.get("num_train_timesteps", 1000))
-    vae = read_config(config.teacher / "vae")
-    num_steps = sorted(config.num_steps)
-    assert isinstance(network, PixArtTransformer2DModel)
-    pixels = int(network.config.sample_size) * 2 ** (len(vae["block_out_channels"]) - 1)
+    num_timesteps = load_schedule(config.teacher).num_timesteps
+    bucket, _ = student_bucket(config, family)
+    video = {"frames": bucket.frames, "fps": config.fps} if family.kind == "video" else {}
     return {
         "schema_version": 1,
-        "family": "pixart",
-        "kind": "image",
+        "family": family.name,
+        "kind": family.kind,
         "name": config.name,
-        "height": pixels,
-        "width": pixels,
-        "num_steps": num_steps,
+        "height": bucket.height,
+        "width": bucket.width,
+        **video,
+        "num_steps": sorted(config.num_steps),
         "default_num_steps": config.default_num_steps,
-        "timesteps": {str(count): student_timesteps(count, num_train_timesteps) for count in num_steps},
+        "timesteps": {
+            str(count): visited for count, visited in config.student_timesteps(num_timesteps).items()
+        },
         "solver": "ddim",
         "guidance_scale": 1.0,
         "max_text_tokens": max_text_tokens,

@@ -8,28 +8,53 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from PIL import Image
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engines.denoiser import Conditioning, NetworkDenoiser
-from engines.distill import tdm
-from engines.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
+from engines.distill import lcm, tdm
+from engines.distill.checkpoint import (
+    TrainingState,
+    checkpoint_iterations,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from engines.distill.config import DistillConfig
+from engines.distill.cost import row_forwards
+from engines.distill.disk import room_for
+from engines.distill.distributed import World, clip_gradients, joined, wants_shards
+from engines.distill.early_stop import EarlyStop, Examiner
 from engines.distill.log import RunLog
+from engines.distill.meter import Meter
 from engines.distill.prompts import PromptBank, load_prompt_bank
-from engines.distill.student import latent_shape, load_teacher, num_parameters, step_aware_copy, write_student
+from engines.distill.report import save_contact_sheet
+from engines.distill.roles import separate_roles, shared_roles
+from engines.distill.samples import SampleSheets
+from engines.distill.student import (
+    Teacher,
+    load_initial_weights,
+    load_teacher,
+    num_parameters,
+    student_bucket,
+    write_student,
+)
+from engines.distill.studio import Studio
+from engines.distill.updates import lr_factor, make_optimizer, update_average
 from engines.errors import ConfigError, TrainingError
-from engines.families.pixart import STEPS_EMBEDDING_KEY
 from engines.schedule import NoiseSchedule
 
 AUTOCAST = {"none": None, "bfloat16": torch.bfloat16}
-FINAL_LR_FACTOR = 0.05
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MIN_EPSILON_ALPHA = 0.01
+"""Below it x0 = (x - sigma eps) / alpha multiplies every error of the network by more than a hundred."""
 SEED_STRIDE = 1_000_003
 """Iterations before the next seed's draws repeat. Torch seeds its generators from the low 32 bits alone."""
 
@@ -42,129 +67,316 @@ def distill(config: DistillConfig, console: Console) -> Path:
     Raises:
         CheckpointError: the teacher or a checkpoint cannot be used.
         ConfigError: prompts cannot be read, or a K leaves no room between its steps.
-        TrainingError: a loss or gradient is not finite.
+        TrainingError: a loss or gradient is not finite, or the disk is full.
         KeyboardInterrupt: SIGINT or SIGTERM came; the iteration was finished and saved.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    device = torch.device(
-        config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    teacher, schedule = load_teacher(config.teacher)
-    console.print(f"teacher {config.teacher}: {num_parameters(teacher) / 1e6:.1f} M parameters, on {device}")
-    bank = load_prompt_bank(config, device)
+    with joined(config.device) as world:
+        return _distill(config, console if world.is_main else Console(quiet=True), world)
+
+
+def _distill(config: DistillConfig, console: Console, world: World) -> Path:
+    device = world.device
+    config = config.on(device.type)
+    teacher = load_teacher(config.teacher, DTYPES[config.teacher_dtype])
+    size = num_parameters(teacher.network) / 1e6
+    console.print(f"teacher {config.teacher}: {teacher.family.name}, {size:.1f} M parameters, on {device}")
+    clean = load_latents(config, student_bucket(config, teacher.family)[1], device)
+    prompts = None if clean is None else clean.prompts
+    bank = world.main_first(lambda: load_prompt_bank(config, device, prompts))
     console.print(f"{len(bank.prompts)} prompts of {bank.max_tokens} tokens")
-    trainer = Trainer(config, teacher.to(device), schedule.to(device), bank)
+    latents = None if clean is None else clean.latents
+    if world.size == 1 or not wants_shards(config.shard):
+        teacher = teacher.to(device)  # shards go there block by block
+    trainer = Trainer(config, teacher, bank, latents, world)
     checkpoints = config.out / "checkpoints"
-    newest = latest_checkpoint(checkpoints)
+    newest = world.first(latest_checkpoint(checkpoints))
     if newest is not None:
         load_checkpoint(newest, trainer.state, config.numerics())
         console.print(f"resuming after iteration {trainer.state.iteration}")
     trainer.train(console)
-    student = config.out / "student"
-    write_student(
-        student,
-        config,
-        trainer.student.transformer,
-        trainer.state.average,
-        max_text_tokens=bank.max_tokens,
-        training={
-            "method": "tdm",
-            "settings": config.numerics(),
-            "train_seconds": round(trainer.state.train_seconds, 1),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-        },
+    stop, student = trainer.early_stop, config.out / "student"
+    if stop is not None:
+        stop.restore()
+        console.print(stop.verdict(), soft_wrap=True, highlight=False)
+    weights = trainer.roles.export(trainer.state.average, world)
+    training = {
+        "method": config.method,
+        "settings": config.numerics(),
+        "train_seconds": round(trainer.state.train_seconds, 1),
+        "row_forwards": round(trainer.state.iteration * config.batch_size * row_forwards(config)),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "num_processes": world.size,
+        "torch": torch.__version__,
+        **({} if stop is None else {"early_stop": stop.summary()}),
+    }
+    world.main_only(
+        lambda: write_student(student, config, weights, max_text_tokens=bank.max_tokens, training=training)
     )
     return student
 
 
 class Trainer:
-    """The three networks, their optimizers, and one iteration of Algorithm 1 (arXiv:2503.06674)."""
+    """The three networks, their optimizers, and one iteration of a method.
+
+    Args:
+        bank: encoded prompts.
+        latents: (N, ...) clean latents of the bank's prompts, for consistency distillation.
+        world: the processes that train together.
+    """
 
     def __init__(
         self,
         config: DistillConfig,
-        teacher: PixArtTransformer2DModel,
-        schedule: NoiseSchedule,
+        teacher: Teacher,
         bank: PromptBank,
+        latents: Tensor | None = None,
+        world: World | None = None,
     ) -> None:
-        _check_steps(config, schedule)
-        self.config = config
+        schedule = teacher.schedule
+        check_schedule(config, schedule)
+        self.world = world or World()
+        self.share = self.world.share(config.batch_size)
+        self.shard = self.world.size > 1 and wants_shards(config.shard)
+        if self.shard and (config.objective.diversity > 0.0 or config.optimizer == "adamw8bit"):
+            raise ConfigError("shard: objective.diversity must be 0 and optimizer adamw")
         self.bank = bank
-        self.device = next(teacher.parameters()).device
-        self.shape = latent_shape(teacher)
-        self.uncond = _to(bank.uncond, self.device)
+        self.latents = latents
+        self.device = next(teacher.network.parameters()).device if self.world.size == 1 else self.world.device
+        self.config = config = config.on(self.device.type)
+        teacher = replace(teacher, schedule=schedule.to(self.device))
+        self.bucket, self.shape = student_bucket(config, teacher.family)
+        self.uncond = bank.uncond.to(self.device)
         autocast = AUTOCAST[config.autocast]
-        copies = [
-            step_aware_copy(teacher, max(config.num_steps), zero_row=config.default_num_steps).train()
-            for _ in range(2)
-        ]
-        self.teacher = NetworkDenoiser(teacher, schedule, autocast=autocast)
-        self.student, self.fake_score = (
-            NetworkDenoiser(copy, schedule, autocast=autocast) for copy in copies
-        )
-        networks = {"student": copies[0], "fake_score": copies[1]}
+        max_num_steps, zero_row = max(config.num_steps), config.default_num_steps
+        if config.gradient_checkpointing:
+            network: Any = teacher.network
+            network.enable_gradient_checkpointing()
+        if config.lora is None:
+            self.roles = separate_roles(
+                teacher, max_num_steps=max_num_steps, zero_row=zero_row, autocast=autocast
+            )
+            if config.student_init is not None:
+                self.roles.student.network.load_state_dict(load_initial_weights(config, teacher))
+        else:
+            self.roles = shared_roles(
+                teacher,
+                config.lora,
+                max_num_steps=max_num_steps,
+                zero_row=zero_row,
+                autocast=autocast,
+                seed=config.seed,
+            )
+        family = teacher.family
+        self.roles.spread(self.world, family.predict, family.steps_key, shard=self.shard)
+        parameters = self.roles.parameters
+        average = {key: value.detach().clone() for key, value in parameters["student"].items()}
+        if config.method == "lcm":
+            # its third network is the average itself
+            average = {key: value.detach() for key, value in parameters["fake_score"].items()}
+            for key, value in parameters["student"].items():
+                average[key].copy_(value.detach())
+            parameters = {"student": parameters["student"]}
         rates = {"student": config.student_lr, "fake_score": config.fake_lr}
         self.state = TrainingState(
-            networks=networks,
-            optimizers={name: make_optimizer(networks[name], rates[name], config) for name in networks},
-            average={key: value.detach().clone() for key, value in copies[0].named_parameters()},
+            parameters=parameters,
+            optimizers={
+                name: make_optimizer(parameters[name], rates[name], config, teacher.family.steps_key)
+                for name in parameters
+            },
+            average=average,
         )
-        self.meter = Meter(config)
+        visited = config.student_timesteps(schedule.num_timesteps)
+        self.table = tdm.timestep_table(visited)
+        self.meter = Meter(config.num_steps)
+        self.studio = Studio(
+            config.teacher,
+            self.roles,
+            self.state,
+            visited,
+            self.bucket,
+            self.shape,
+            self.uncond,
+            batch=self.share.stop - self.share.start,
+            device=self.device,
+            world=self.world,
+        )
+        self.early_stop: EarlyStop | None = None
+        if config.early_stop is not None:
+            examiner = Examiner(self.studio, bank, config, self.device)
+            self.early_stop = EarlyStop(config, examiner.measure, self.state, self.world)
 
     def train(self, console: Console) -> None:
         """Iterate to the end, with progress, metrics and checkpoints."""
         config, state = self.config, self.state
         settings, checkpoints = config.numerics(), config.out / "checkpoints"
         log = RunLog(
-            config.out, state.iteration, config.iterations, tensorboard=config.tensorboard, console=console
+            config.out,
+            state.iteration,
+            config.iterations,
+            tensorboard=config.tensorboard,
+            console=console,
+            writes=self.world.is_main,
         )
         with log, _attention(self.device), _stop_signals() as stop:
-            while state.iteration < config.iterations:
+            if self.early_stop is not None:
+                self.early_stop.resume()
+            self._look(log, resumed=True)
+            while not self.is_finished():
                 started = time.perf_counter()
                 try:
                     self.step()
-                except TrainingError:
-                    save_checkpoint(checkpoints, state, settings, config.keep_checkpoints)
-                    raise
+                except TrainingError as error:
+                    path = save_checkpoint(checkpoints, state, settings, config.keep_checkpoints, self.world)
+                    raise TrainingError(f"{error}. Saved as it was before, in {path}") from None
                 state.iteration += 1
                 state.train_seconds += time.perf_counter() - started
                 log.advance()
-                finished = state.iteration == config.iterations
-                if state.iteration % config.log_every == 0 or finished:
-                    log.report(self.meter.flush(state))
-                if state.iteration % config.checkpoint_every == 0 or finished or stop:
-                    path = save_checkpoint(checkpoints, state, settings, config.keep_checkpoints)
+                stopped = self.world.any(bool(stop))
+                if not stopped or self.is_finished():
+                    self._look(log)
+                if state.iteration % config.log_every == 0 or self.is_finished():
+                    self._report(log)
+                if state.iteration % config.checkpoint_every == 0 or self.is_finished() or stopped:
+                    path = save_checkpoint(checkpoints, state, settings, config.keep_checkpoints, self.world)
                     log.say(f"saved {path}")
-                if stop and not finished:
+                    if self.early_stop is not None:
+                        self.early_stop.prune(checkpoint_iterations(checkpoints))
+                if stopped and not self.is_finished():
                     raise KeyboardInterrupt
 
+    def is_finished(self) -> bool:
+        """Whether all iterations are done, or no better student is expected of more."""
+        exhausted = self.early_stop is not None and self.early_stop.exhausted
+        return exhausted or self.state.iteration >= self.config.iterations
+
+    def _look(self, log: RunLog, *, resumed: bool = False) -> None:
+        """Draw samples and evaluate the student, if it is time.
+
+        Args:
+            resumed: only do what the signal left undone that stopped the run after this iteration.
+        """
+        iteration, every = self.state.iteration, self.config.samples.every
+        path = self.config.out / "samples" / f"{iteration:08d}.png"
+        done = resumed and self.world.first(path.exists())
+        if every and iteration and iteration % every == 0 and not done:
+            sheet = self.sheets.draw()
+            self.world.main_only(lambda: _save_sheet(path, sheet))
+            log.picture("samples", sheet, iteration)
+        stop = self.early_stop
+        if stop is not None and stop.is_due:
+            log.say(stop.evaluate())
+            log.value(f"early_stop/{stop.settings.metric}", stop.evaluations[-1].value, iteration)
+
+    @cached_property
+    def sheets(self) -> SampleSheets:
+        """What the student draws while it learns."""
+        return SampleSheets(self.studio, self.bank, self.config)
+
     def step(self) -> None:
-        """One iteration: roll out, update the fake score at the landing points, then the student."""
+        """One iteration of the method."""
         config, state = self.config, self.state
-        rng = torch.Generator().manual_seed(config.seed * SEED_STRIDE + state.iteration)
+        rng = self.world.generator(config.seed * SEED_STRIDE + state.iteration)
         factor = lr_factor(state.iteration, config)
-        cond = self.bank.draw(config.batch_size, rng)
-        noise = torch.randn(config.batch_size, *self.shape, generator=rng).to(self.device)
+        if config.method == "lcm":
+            self._consistency_step(factor, rng)
+        else:
+            self._matching_step(factor, rng)
+        update_average(state, config.ema_decay)
+
+    def _matching_step(self, factor: float, rng: torch.Generator) -> None:
+        """Algorithm 1 of arXiv:2503.06674: roll out, train the fake score where it lands, then student."""
+        config, share = self.config, self.share
+        cond = self.bank.draw(config.batch_size, rng, share)
+        noise = torch.randn(config.batch_size, *self.shape, generator=rng)[share].to(self.device)
         num_steps, step = tdm.draw_steps(config.batch_size, config.num_steps, rng)
-        cond = _to(replace(cond, num_steps=num_steps), self.device)
-        at = tdm.student_step(self.student, noise, cond, step.to(self.device))
+        visited = self.table[num_steps]
+        if config.grid_jitter > 0.0:
+            visited = tdm.jitter(visited, num_steps, config.grid_jitter, rng)
+        num_calls = int(step.max()) if self.shard else None
+        num_steps, step, visited = num_steps[share], step[share], visited[share]
+        cond = replace(cond, num_steps=num_steps).to(self.device)
+        roles = self.roles
+        at = tdm.student_step(
+            roles.student,
+            noise,
+            cond,
+            visited.to(self.device),
+            step.to(self.device),
+            landing_rng=rng if config.objective.random_landing else None,
+            num_calls=num_calls,
+        )
         # the fake score first: the student needs its view of where the student is now
         for _ in range(config.fake_updates - 1):
             self._update_fake_score(at, factor, rng)
         fake_rows, fake_norm = self._update_fake_score(at, factor, rng)
         student_rows, distance = tdm.student_loss(
-            at, self.teacher, self.fake_score, self.uncond, config.objective, rng
+            at, roles.teacher, roles.fake_score, self.uncond, config.objective, rng
         )
         student_norm = self._update("student", student_rows.mean(), factor)
-        update_average(state, self.student.transformer, config.ema_decay)
-        self.meter.add(num_steps, step, fake_rows, student_rows, distance, fake_norm, student_norm)
+        if config.fake_pull > 0.0:
+            tdm.pull_fake_score(roles.fake_score.network, roles.student.network, config.fake_pull)
+        rows = {"fake_loss": fake_rows, "student_loss": student_rows, "distance": distance}
+        norms = {"fake_grad_norm": fake_norm, "student_grad_norm": student_norm}
+        self.meter.add(num_steps, step, rows, norms)
+
+    def _consistency_step(self, factor: float, rng: torch.Generator) -> None:
+        """Noise clean latents, take a teacher step, and have the student agree with itself across it."""
+        config, roles, clean = self.config, self.roles, self.latents
+        assert clean is not None, "consistency distillation without latents"
+        index = torch.randint(len(clean), (config.batch_size,), generator=rng)[self.share]
+        grid = config.grid_timesteps or roles.teacher.schedule.num_timesteps
+        start, end = lcm.draw_ends(config.batch_size, grid, config.consistency, rng)
+        start, end = start[self.share], end[self.share]
+        noise = torch.randn(config.batch_size, *self.shape, generator=rng)[self.share].to(self.device)
+        # the row of the default stays zero: the student is not told a number of steps
+        num_steps = torch.full_like(start, config.default_num_steps)
+        cond = replace(self.bank.rows(index), num_steps=num_steps).to(self.device)
+        start, end = start.to(self.device), end.to(self.device)
+        alpha, sigma = roles.teacher.schedule.at(start, noise.ndim)
+        noised = alpha * clean[index].float().to(self.device) + sigma * noise
+        student_rows, distance = lcm.consistency_loss(
+            roles.student,
+            roles.fake_score,
+            roles.teacher,
+            (noised, start, end),
+            cond,
+            self.uncond,
+            config.objective.guidance_scale,
+            config.consistency,
+        )
+        norm = self._update("student", student_rows.mean(), factor)
+        visited = self.table[config.default_num_steps, : config.default_num_steps]
+        step = ((visited >= start.cpu()[:, None]).sum(1) - 1).clamp(min=0)
+        rows = {"student_loss": student_rows, "distance": distance}
+        self.meter.add(num_steps, step, rows, {"student_grad_norm": norm})
+
+    def _report(self, log: RunLog) -> None:
+        metrics = self._metrics()
+
+        def write() -> None:
+            with room_for(self.config.out / "metrics.jsonl", 1000, "The last checkpoint stays"):
+                log.report(metrics)
+
+        self.world.main_only(write)
+
+    def _metrics(self) -> dict[str, object]:
+        averages, state = self.meter.flush(self.world), self.state
+        seconds = averages["seconds_per_iteration"]
+        assert isinstance(seconds, float)
+        return {
+            "iteration": state.iteration,
+            **averages,
+            "lr_factor": round(lr_factor(state.iteration - 1, self.config), 5),
+            "eta_s": round(seconds * (self.config.iterations - state.iteration), 1),
+        }
 
     def _update_fake_score(
         self, at: tdm.StudentStep, factor: float, rng: torch.Generator
     ) -> tuple[Tensor, float]:
-        rows = tdm.fake_score_loss(self.fake_score, at, self.config.objective, rng)
+        roles = self.roles
+        rows = tdm.fake_score_loss(roles.fake_score, at, self.config.objective, rng, teacher=roles.teacher)
         return rows, self._update("fake_score", rows.mean(), factor)
 
     def _update(self, name: str, loss: Tensor, factor: float) -> float:
@@ -173,14 +385,16 @@ class Trainer:
         Raises:
             TrainingError: loss or gradient is not finite; nothing was changed.
         """
-        network, optimizer = self.state.networks[name], self.state.optimizers[name]
+        parameters, optimizer = self.state.parameters[name].values(), self.state.optimizers[name]
         optimizer.zero_grad()
+        self.roles.activate(name)
         loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(network.parameters(), self.config.clip_norm))
-        if not math.isfinite(norm) or not math.isfinite(loss.item()):
+        norm = clip_gradients(parameters, self.config.clip_norm, self.world, sharded=self.shard)
+        value = self.world.mean(loss.item())
+        if not math.isfinite(norm) or not math.isfinite(value):
             raise TrainingError(
-                f"{name}: loss {loss.item()}, gradient norm {norm} in iteration {self.state.iteration + 1}; "
-                "the weights are saved. Lower student_lr or fake_lr, or raise objective.min_normaliser"
+                f"{name}: loss {value}, gradient norm {norm} in iteration {self.state.iteration + 1}: "
+                "lower student_lr or fake_lr, or raise objective.min_normaliser"
             )
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -188,109 +402,71 @@ class Trainer:
         return norm
 
 
-class Meter:
-    """Averages over the iterations between two reports, the losses also per step of each K."""
+def check_schedule(config: DistillConfig, schedule: NoiseSchedule) -> None:
+    """Refuse settings that a teacher's noise levels do not allow.
 
-    def __init__(self, config: DistillConfig) -> None:
-        self.config = config
-        self.labels = [f"{count}.{step + 1}" for count in sorted(config.num_steps) for step in range(count)]
-        self._first = {count: self.labels.index(f"{count}.1") for count in config.num_steps}
-        self._reset()
-
-    def _reset(self) -> None:
-        self._sums = torch.zeros(4, len(self.labels), dtype=torch.float64)
-        self._norms = torch.zeros(2, dtype=torch.float64)
-        self._iterations = 0
-        self._started = time.perf_counter()
-
-    def add(
-        self,
-        num_steps: Tensor,
-        step: Tensor,
-        fake_rows: Tensor,
-        student_rows: Tensor,
-        distance: Tensor,
-        fake_norm: float,
-        student_norm: float,
-    ) -> None:
-        """Add one iteration: per row its K, step, both losses and distance of student and teacher."""
-        first = torch.tensor([self._first[int(count)] for count in num_steps])
-        rows = (
-            torch.stack([torch.ones_like(fake_rows), fake_rows, student_rows, distance])
-            .detach()
-            .cpu()
-            .double()
+    Raises:
+        ConfigError: timesteps that the teacher does not have or an epsilon model cannot start from, or a K
+            that leaves no room between its steps; names the setting.
+    """
+    if (config.grid_timesteps or 1) > schedule.num_timesteps:
+        raise ConfigError(
+            f"grid_timesteps: {config.grid_timesteps}, the teacher has {schedule.num_timesteps} timesteps"
         )
-        self._sums.index_add_(1, first + step, rows)
-        self._norms += torch.tensor([fake_norm, student_norm])
-        self._iterations += 1
-
-    def flush(self, state: TrainingState) -> dict[str, object]:
-        """Return the averages, ready for JSON, and start anew."""
-        count, fake, student, distance = self._sums
-        seconds = (time.perf_counter() - self._started) / self._iterations
-        metrics: dict[str, object] = {
-            "iteration": state.iteration,
-            "fake_loss": _round(fake.sum() / count.sum()),
-            "student_loss": _round(student.sum() / count.sum()),
-            "fake_grad_norm": _round(self._norms[0] / self._iterations),
-            "student_grad_norm": _round(self._norms[1] / self._iterations),
-            "lr_factor": round(lr_factor(state.iteration - 1, self.config), 5),
-            "seconds_per_iteration": round(seconds, 4),
-            "eta_s": round(seconds * (self.config.iterations - state.iteration), 1),
-        }
-        for name, sums in (("fake_losses", fake), ("student_losses", student), ("distance", distance)):
-            metrics[name] = {
-                label: _round(total / rows)
-                for label, total, rows in zip(self.labels, sums, count, strict=True)
-                if rows > 0
-            }
-        self._reset()
-        return metrics
-
-
-def make_optimizer(network: nn.Module, lr: float, config: DistillConfig) -> torch.optim.AdamW:
-    """AdamW; the steps embedding has a rate of its own and no decay. `peak_lr` is what `lr_factor` scales."""
-    steps = [value for key, value in network.named_parameters() if key == STEPS_EMBEDDING_KEY]
-    others = [value for key, value in network.named_parameters() if key != STEPS_EMBEDDING_KEY]
-    return torch.optim.AdamW(
-        [
-            {"params": others, "peak_lr": lr, "weight_decay": config.weight_decay},
-            {"params": steps, "peak_lr": config.steps_lr, "weight_decay": 0.0},
-        ],
-        lr=lr,
-        betas=config.betas,
-        fused=True,
-    )
-
-
-def lr_factor(iteration: int, config: DistillConfig) -> float:
-    """Share of the peak learning rate in an iteration (from 0): a linear rise, a plateau, a linear fall."""
-    rise = (iteration + 1) / max(1, config.warmup_iterations)
-    left = (config.iterations - iteration) / max(1.0, config.iterations * config.decay_share)
-    return min(1.0, rise, FINAL_LR_FACTOR + (1 - FINAL_LR_FACTOR) * left)
-
-
-@torch.no_grad()
-def update_average(state: TrainingState, network: nn.Module, decay: float) -> None:
-    """Move the average towards the parameters; faster at first, so that it forgets the teacher."""
-    decay = min(decay, (1 + state.iteration) / (10 + state.iteration))
-    torch._foreach_lerp_(list(state.average.values()), list(network.parameters()), 1.0 - decay)
-
-
-def _check_steps(config: DistillConfig, schedule: NoiseSchedule) -> None:
+    try:
+        table = tdm.timestep_table(config.student_timesteps(schedule.num_timesteps))
+    except ValueError as error:
+        raise ConfigError(f"timesteps: {error}") from None
+    if int(table.max()) >= schedule.num_timesteps:
+        raise ConfigError(
+            f"timesteps: {int(table.max())} is not among the teacher's {schedule.num_timesteps}"
+        )
+    if schedule.prediction_type == "epsilon" and float(schedule.alphas[table.max()]) < MIN_EPSILON_ALPHA:
+        raise ConfigError(
+            f"timesteps: an epsilon model cannot say its x0 at timestep {int(table.max())}, where alpha is "
+            f"{float(schedule.alphas[table.max()]):.3f}; set grid_timesteps to 900 or less"
+        )
+    if config.method == "lcm":
+        grid = config.grid_timesteps or schedule.num_timesteps
+        if config.consistency.skip > grid:
+            raise ConfigError(f"consistency.skip: {config.consistency.skip} is more than {grid} timesteps")
+        return
     for count in config.num_steps:
         step = torch.arange(count)
-        now, to = tdm.step_ends(torch.full_like(step, count), step, schedule.num_timesteps)
+        now, to = tdm.step_ends(table[torch.full_like(step, count)], step)
         try:
             tdm.draw_tau(now, to, config.objective, torch.Generator())
         except ValueError as error:
             raise ConfigError(f"num_steps: {count} steps: {error}") from None
 
 
+def _save_sheet(path: Path, sheet: Image.Image) -> None:
+    with room_for(path, 3 * sheet.width * sheet.height, "The last checkpoint stays"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_contact_sheet(path, sheet)
+
+
 def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
     # on the CPU, plain matrix products train few tokens 1.5 times as fast as the fused kernels
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+
+
+def load_latents(
+    config: DistillConfig, shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> lcm.Latents | None:
+    """Read or make the clean latents that a method needs, with their prompts; None for one that needs none.
+
+    Raises:
+        ConfigError: they cannot be read, or are of another shape.
+    """
+    if config.latents is None:
+        return None
+    if isinstance(config.latents, Path):
+        return lcm.read_latents(config.latents, shape, config.num_prompts)
+    made = lcm.latents_of_scenes(config.teacher, config.num_prompts, config.seed, device)
+    if tuple(made.latents.shape[1:]) != shape:
+        raise ConfigError(f"latents: scenes give rows of {tuple(made.latents.shape[1:])}, not {shape}")
+    return made
 
 
 @contextlib.contextmanager
@@ -308,12 +484,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _to(cond: Conditioning, device: torch.device) -> Conditioning:
-    num_steps = None if cond.num_steps is None else cond.num_steps.to(device)
-    return Conditioning(cond.text.to(device), cond.mask.to(device), num_steps)
-
-
-def _round(value: Tensor) -> float:
-    return round(value.item(), 6)

@@ -1,5 +1,7 @@
 """The demo's scenes, text, code and training loop."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,23 @@ def test_training_never_sees_a_held_out_pair() -> None:
 def test_mirror_image_of_a_mirror_image_is_the_scene_itself() -> None:
     for scene in sample_scenes(50, 1):
         assert scene.mirrored().mirrored() == scene
+
+
+def test_a_caption_may_leave_attributes_unsaid_and_any_such_scene_shows_it() -> None:
+    scenes, rng = sample_scenes(200, 4), np.random.default_rng(0)
+    for scene, other in itertools.pairwise(scenes):
+        asked = scene.partly_said(rng)
+        assert asked.shown_by(scene)
+        assert asked.shown_by(other) <= (asked.solids[0].colour == other.solids[0].colour)
+        words = {*scene.caption().replace(",", "").split(), "an"}
+        assert set(asked.caption().replace(",", "").split()) <= words
+        assert scene.shown_by(scene)
+        assert scene.shown_by(other) == (scene == other)
+    large = Scene((Solid("cube", "red", "large"),), "left", "stone", "night")
+    assert Scene((Solid("cube", "red", None),), None, None, "night").caption() == "a red cube at night"
+    assert not Scene((Solid("cube", "red", None),), None, "sand", None).shown_by(large)
+    with pytest.raises(ValueError, match="not complete"):
+        render([Scene((Solid("cube", "red", "large"),), "left", None, "day")], 0)
 
 
 def test_every_caption_fits_the_tokenizer_without_unknown_words() -> None:

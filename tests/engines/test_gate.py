@@ -1,6 +1,7 @@
 import argparse
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,25 @@ from torch import Tensor
 
 from engines.demo.judge import Judge
 from engines.distill.cli import add_gate_parser
-from engines.distill.frechet import Reference, frechet_distance
-from engines.distill.gate import (
-    SHEET_SEED,
-    Gate,
+from engines.distill.domains import DEMOS, complete, image_counts
+from engines.distill.evaluator import (
+    Evaluator,
     GateConfig,
-    group_counts,
-    make_prompts,
-    make_rows,
-    measure,
     noise_seeds,
+    paired_distance,
+    pairwise_distance,
+    read_accuracy,
 )
-from engines.distill.report import GROUPS, contact_sheet, markdown
-from engines.distill.verdict import Measurement, Row, Summary, check, make_report, record_verdict
+from engines.distill.frechet import Reference, frechet_distance
+from engines.distill.gate import SHEET_SEED, Gate, Measurements, make_rows
+from engines.distill.report import contact_sheet, markdown
+from engines.distill.verdict import Cost, Measurement, Row, Summary, check, make_report, record_verdict
 from engines.errors import CheckpointError, ConfigError
 from engines.families.student import read_student
 from engines.noise import seeded_latents
 from tests.engines.tiny import make_tiny_checkpoint
+
+GROUPS = DEMOS["image"].groups
 
 
 def gaussian(num: int, dim: int, seed: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -81,17 +84,42 @@ def test_one_picture_is_no_distribution() -> None:
 
 
 def test_prompts_of_a_seed_are_the_three_kinds() -> None:
-    counts = group_counts(1000)
-    assert counts == {"one_object": 400, "two_objects": 400, "held_out": 200}
-    prompts = make_prompts(3, group_counts(50))
-    assert sum(group_counts(53).values()) == 53
-    for scene, group in zip(prompts.scenes, prompts.groups, strict=True):
-        assert scene.is_held_out() == (group == "held_out")
+    demo = DEMOS["image"]
+    assert demo.counts(1000) == {"one_object": 400, "two_objects": 400, "held_out": 200}
+    assert sum(demo.counts(53).values()) == 53
+    prompts = demo.prompts(3, 50)
+    for scene, asked, group in zip(prompts.scenes, prompts.asked, prompts.groups, strict=True):
+        assert asked.is_held_out() == scene.is_held_out() == (group == "held_out")
+        assert asked.shown_by(scene)
         if group != "held_out":
             assert scene.num_objects == (1 if group == "one_object" else 2)
-    assert (
-        prompts.scenes == make_prompts(3, group_counts(50)).scenes != make_prompts(4, group_counts(50)).scenes
-    )
+    assert prompts == demo.prompts(3, 50) != demo.prompts(4, 50)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_prompts_leave_as_much_unsaid_as_the_demo_wants(kind: str) -> None:
+    for share, least, most in ((0.0, 0.0, 0.0), (0.75, 0.4, 0.8)):
+        prompts = replace(DEMOS[kind], partial_share=share).prompts(0, 400)
+        assert prompts.captions == [asked.caption() for asked in prompts.asked]
+        partial = sum(asked != scene for asked, scene in zip(prompts.asked, prompts.scenes, strict=True))
+        assert least <= partial / 400 <= most
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_what_a_prompt_leaves_unsaid_differs_between_real_pictures_of_it(kind: str) -> None:
+    demo = replace(DEMOS[kind], partial_share=0.75)
+    prompts = demo.prompts(1, 60).take(range(0, 60, 3))
+    filled = set()
+    for row, asked in enumerate(prompts.asked):
+        for donor in demo.draw_like(asked, 3, row):
+            scene = complete(asked, donor)
+            assert asked.shown_by(scene)
+            assert None not in scene.key()
+            filled.add(scene)
+    assert len(filled) > 1.5 * len(prompts.asked)
+    pictures = demo.render_again(prompts.take([0, 1]), 3)
+    assert len(pictures) == 6
+    assert not torch.equal(pictures[0], pictures[1])
 
 
 def test_noise_differs_between_seeds_and_pictures() -> None:
@@ -103,7 +131,7 @@ def test_noise_differs_between_seeds_and_pictures() -> None:
 
 
 class PerfectJudge(Judge):
-    """Reads what it is told, and has one feature: brightness."""
+    """Reads what it is told."""
 
     def __init__(self, said: list[Any]) -> None:
         super().__init__()
@@ -112,22 +140,28 @@ class PerfectJudge(Judge):
     def read(self, images: Tensor, *, batch: int = 250) -> list[Any]:
         return self.said[: len(images)]
 
-    def features(self, images: Tensor, *, batch: int = 250) -> Tensor:
-        return images.float().mean(dim=(1, 2)) + torch.arange(len(images))[:, None] % 7
-
 
 def test_accuracy_is_counted_per_kind_of_prompt() -> None:
-    prompts = make_prompts(0, {"one_object": 4, "two_objects": 4, "held_out": 2})
+    prompts = DEMOS["image"].prompts(0, 10)
     said = list(prompts.scenes)
     said[0], said[4], said[5] = said[1], said[6], said[6]
     images = torch.randint(
         0, 256, (10, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    judge = PerfectJudge(said)
-    reference = Reference.fit(judge.features(images))
-    measurement = measure(images, prompts, judge, reference)
-    assert measurement.accuracy == {"all": 70.0, "one_object": 75.0, "two_objects": 50.0, "held_out": 100.0}
-    assert measurement.frechet == pytest.approx(0.0, abs=1e-6)
+    accuracy = read_accuracy(images, prompts, PerfectJudge(said))
+    assert accuracy == {"all": 70.0, "one_object": 75.0, "two_objects": 50.0, "held_out": 100.0}
+
+
+def test_diversity_is_the_mean_distance_of_pictures_of_one_prompt() -> None:
+    features = torch.tensor([[0.0], [3.0], [3.0], [100.0], [100.0], [100.0]])
+    assert pairwise_distance(features, 3) == pytest.approx((3 + 3 + 0) / 3 / 2)
+
+
+def test_paired_distance_is_none_for_the_same_and_a_hundred_for_strangers() -> None:
+    features, others = gaussian(500, 32, 0), gaussian(500, 32, 1)
+    assert paired_distance(features, features) == 0.0
+    assert paired_distance(features, others) == pytest.approx(100.0, abs=2.0)
+    assert paired_distance(features + 0.1 * others, features) < 15.0
 
 
 # Verdict
@@ -143,6 +177,7 @@ def summaries(**points: tuple[float, float, float]) -> dict[str, Summary]:
     return out
 
 
+KIND = ("one_object", "one object")
 GOOD = {
     "teacher_50_cfg": (95.0, 70.0, 2.0),
     "teacher_4": (80.0, 50.0, 9.0),
@@ -152,7 +187,7 @@ GOOD = {
 
 
 def test_good_student_passes_every_criterion() -> None:
-    criteria = check(summaries(**GOOD), 4, 50)
+    criteria = check(summaries(**GOOD), 4, 50, KIND)
     assert len(criteria) == 5
     assert all(criterion.passed for criterion in criteria)
     assert "93.5 against 95.0" in criteria[0].text
@@ -161,7 +196,7 @@ def test_good_student_passes_every_criterion() -> None:
 @pytest.mark.parametrize(
     ("student", "failing"),
     [
-        ((92.9, 65.0, 3.0), ["one-object"]),
+        ((92.9, 65.0, 3.0), ["one object"]),
         ((95.0, 50.5, 3.0), ["right more often than teacher_2_cfg"]),
         ((95.0, 65.0, 8.5), ["closer to real renders than teacher_2_cfg"]),
         (
@@ -175,7 +210,7 @@ def test_student_fails_what_it_does_not_reach(
 ) -> None:
     failed = [
         criterion.text
-        for criterion in check(summaries(**{**GOOD, "student_4": student}), 4, 50)
+        for criterion in check(summaries(**{**GOOD, "student_4": student}), 4, 50, KIND)
         if not criterion.passed
     ]
     assert len(failed) == len(failing)
@@ -185,7 +220,7 @@ def test_student_fails_what_it_does_not_reach(
 def test_rows_that_were_not_measured_fail() -> None:
     rows = summaries(**GOOD)
     del rows["teacher-4"]
-    (criterion,) = check(rows, 4, 50)
+    (criterion,) = check(rows, 4, 50, KIND)
     assert not criterion.passed
     assert "teacher-4" in criterion.text
 
@@ -217,18 +252,36 @@ def test_report_names_means_spreads_and_verdict(directories: dict[str, Path]) ->
             (
                 row,
                 [
-                    Measurement(accuracy, 1.0 + index),
-                    Measurement({**accuracy, "one_object": 92.0}, 3.0 + index),
+                    Measurement(accuracy, 1.0 + index, 2.0 + index),
+                    Measurement({**accuracy, "one_object": 92.0}, 3.0 + index, 2.0 + index),
                 ],
             )
         )
-    setup = {"seeds": [0, 1], "counts": group_counts(10), "num_axes": 64, "num_reference": 20}
-    report = make_report(read_student(directories["student"]), setup, measured, 50)
+    setup = {
+        "seeds": [0, 1],
+        "groups": GROUPS,
+        "counts": image_counts(10),
+        "num_axes": 64,
+        "num_reference": 20,
+        "features": None,
+        "scores": [],
+        "num_repeated": 2,
+        "copies": 4,
+        "timing": {"num_pictures": 10, "batch": 10, "machine": "an abacus"},
+        "parameters": {"teacher": 1_500_000, "student": 1_500_010},
+    }
+    costs = {"student-4": Cost(0.01234, 56.7)}
+    report = make_report(read_student(directories["student"]), setup, measured, 50, costs)
     table = markdown(report)
     assert "NOT PASSED" in table
-    assert "| teacher, 50 steps, CFG 2.5 | 100 | 91.0 ± 1.4 | 90.0 ± 0.0 | 90.0 ± 0.0 | 4.0 ± 1.4 |" in table
+    accuracies = "91.0 ± 1.4 | 90.0 ± 0.0 | 90.0 ± 0.0"
+    assert f"| teacher, 50 steps, CFG 2.5 | 100 | {accuracies} | 4.0 ± 1.4 | 200.0 ± 0.0 | - | - |" in table
     assert "| **student, 4 steps** | **4** | **91.0 ± 1.4** |" in table
+    assert "| **57** | **0.0123** |" in table
     assert "| real renders | - |" in table
+    assert "- student, 4 steps: exact over all prompts, points +0.00 ± 0.00; Fréchet" in table
+    assert "an abacus" in table
+    assert "teacher 1.5 M" in table
     json.dumps(report, allow_nan=False)
 
 
@@ -243,6 +296,17 @@ def test_contact_sheet_shows_every_picture_enlarged() -> None:
         for colour in rows.numpy():
             assert (sheet == colour).all(axis=-1).sum() >= 192 * 192
     assert sheet.shape[1] > 2 * 192
+
+
+def test_contact_sheet_of_clips_shows_their_first_middle_and_last_frame() -> None:
+    clip = torch.zeros(1, 5, 32, 32, 3, dtype=torch.uint8)
+    for frame in range(5):
+        clip[:, frame] = torch.tensor([40 * frame, 255 - 40 * frame, 9], dtype=torch.uint8)
+    sheet = np.asarray(contact_sheet([("student", "4 evaluations")], [clip], ["a red ball"], height=96))
+    for frame, shown in enumerate([True, False, True, False, True]):
+        colour = np.array([40 * frame, 255 - 40 * frame, 9])
+        num_pixels = (sheet == colour).all(axis=-1).sum()  # where frames meet, colours blend
+        assert (num_pixels > 90 * 90) if shown else (num_pixels == 0)
 
 
 # The command
@@ -274,6 +338,11 @@ def test_gate_measures_reports_and_records(directories: dict[str, Path], tmp_pat
         "real", "vae", "teacher-4-cfg", "teacher-4", "teacher-2-cfg", "teacher-2", "student-4",
     ]  # fmt: skip
     assert all(len(row["seeds"]) == 2 for row in report["rows"])
+    assert all((row["cost"] is None) == (row["key"] in ("real", "vae")) for row in report["rows"])
+    by_key = {row["key"]: row for row in report["rows"]}
+    assert by_key["teacher-4-cfg"]["cost"]["paired"] == 0.0
+    assert by_key["real"]["diversity"]["mean"] == pytest.approx(100.0)
+    assert report["setup"]["parameters"]["student"] > report["setup"]["parameters"]["teacher"] > 0
     assert (tmp_path / "report.md").read_text().startswith("# Gate of ")
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.width > 4 * 192
@@ -282,28 +351,49 @@ def test_gate_measures_reports_and_records(directories: dict[str, Path], tmp_pat
     assert gate["passed"] == report["passed"]
 
 
+class StopsAfter(Measurements):
+    """Somebody presses Ctrl-C when so many are done."""
+
+    def __init__(self, num: int, measurements: Measurements) -> None:
+        super().__init__(measurements.path, measurements.identities)
+        self.left = num
+
+    def add(self, row: Row, seed: int, measurement: Measurement) -> None:
+        super().add(row, seed, measurement)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
 def test_stopped_gate_measures_only_what_is_missing(directories: dict[str, Path], tmp_path: Path) -> None:
     whole = Gate(gate_config(directories, tmp_path / "whole"), quiet()).run()
 
-    class Stopping(Gate):
-        painted = 0
-
-        def paint(self, row: Row, prompts: Any) -> Tensor:
-            if self.painted == 3:
-                raise KeyboardInterrupt
-            self.painted += 1
-            return super().paint(row, prompts)
-
-    config = gate_config(directories, tmp_path / "parts")
+    gate = Gate(gate_config(directories, tmp_path / "parts"), quiet())
+    gate.measurements = StopsAfter(3, gate.measurements)
     with pytest.raises(KeyboardInterrupt):
-        Stopping(config, quiet()).run()
-    gate = Gate(config, quiet())
+        gate.run()
+    gate = Gate(gate.config, quiet())
     assert [row.key for row in gate.rows if gate.measurements.get(row, 0) is not None] == [
-        "real",
-        "vae",
         "teacher-4-cfg",
+        "teacher-4",
+        "teacher-2-cfg",
     ]
-    assert gate.run()["rows"] == whole["rows"]
+    assert [row["seeds"] for row in gate.run()["rows"]] == [row["seeds"] for row in whole["rows"]]
+
+
+def test_measurements_of_earlier_versions_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.json"
+    row, old = Row("real", "real renders", "real"), {"accuracy": {"all": 1.0}, "frechet": 2.0}
+    stored = {"real@0#then": old, "real@0#later": {**old, "unheard_of": 1}, "odd": 3}
+    path.write_text(json.dumps(stored))
+    measurements = Measurements(path, {"real": "now"})
+    assert measurements.get(row, 0) is None
+    assert Measurements(path, {"real": "then"}).get(row, 0) == Measurement({"all": 1.0}, 2.0)
+    measurements.add(row, 0, Measurement({"all": 5.0}, 6.0, 7.0))
+    assert Measurements(path, {"real": "then"}).get(row, 0) is not None
+    for text in ("[]", "no json", "7"):
+        path.write_text(text)
+        assert Measurements(path, {"real": "now"}).get(row, 0) is None
 
 
 def test_another_student_is_measured_anew_but_its_teacher_is_not(
@@ -322,10 +412,11 @@ def test_another_student_is_measured_anew_but_its_teacher_is_not(
 
 
 def test_same_noise_starts_every_sampler(directories: dict[str, Path], tmp_path: Path) -> None:
-    gate = Gate(gate_config(directories, tmp_path, batch=3), quiet())
-    prompts = make_prompts(0, group_counts(10))
-    whole = Gate(gate_config(directories, tmp_path, batch=10), quiet()).paint(gate.rows[-1], prompts)
-    parts = gate.paint(gate.rows[-1], prompts)
+    row = make_rows(gate_config(directories, tmp_path))[-1]
+    prompts = DEMOS["image"].prompts(0, 10)
+    whole, parts = (
+        Evaluator(gate_config(directories, tmp_path, batch=batch)).paint(row, prompts) for batch in (10, 3)
+    )
     assert parts.shape == (10, 64, 64, 3)
     assert (whole.int() - parts.int()).abs().max().item() <= 1
 
@@ -355,8 +446,19 @@ def test_verdict_survives_in_student_json(directories: dict[str, Path], tmp_path
     student = make_tiny_checkpoint(tmp_path / "student")
     spread = {"mean": 1.23456, "sd": 0.0}
     row = {"key": "student-4", "nfe": 4, "accuracy": {"all": spread}, "frechet": spread}
+    row |= {"diversity": spread, "cost": {"seconds": 0.123456, "paired": 1.0}, "scores": {}}
     record_verdict(student, {"passed": True, "criteria": [], "setup": {}, "rows": [row]})
     gate = read_student(student).gate
     assert gate is not None
     assert gate["passed"] is True
-    assert gate["rows"] == [{"key": "student-4", "nfe": 4, "accuracy": {"all": 1.23}, "frechet": 1.235}]
+    assert gate["rows"] == [
+        {
+            "key": "student-4",
+            "nfe": 4,
+            "accuracy": {"all": 1.23},
+            "frechet": 1.235,
+            "scores": {},
+            "diversity": 1.2,
+            "seconds": 0.1235,
+        }
+    ]

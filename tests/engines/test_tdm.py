@@ -1,6 +1,7 @@
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,21 +9,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from engines.denoiser import Conditioning, x0_to_eps
+from engines.denoiser import Conditioning, Denoiser, x0_to_eps
 from engines.distill import tdm
+from engines.distill.ring import (
+    RingDenoiser,
+    Sampler,
+    conditioning,
+    diffused_data,
+    distill_ring,
+    draw,
+    landings,
+    points_of_data,
+    sliced_wasserstein,
+)
 from engines.distill.tdm import Objective, Query, StudentStep
-from engines.sampler import sample
-from engines.schedule import CLEAN, NoiseSchedule, student_timesteps
+from engines.sampler import ddim_step
+from engines.schedule import CLEAN, NoiseSchedule, flow_schedule, student_timesteps
 
 SCHEDULE = NoiseSchedule.from_config({"prediction_type": "v_prediction"})
 T = SCHEDULE.num_timesteps
+SCHEDULES = {
+    "epsilon": NoiseSchedule.from_config({"prediction_type": "epsilon"}),
+    "v_prediction": SCHEDULE,
+    "flow": flow_schedule(1.0),
+    "flow, shift 3": flow_schedule(3.0),
+    "cogvideox": NoiseSchedule.from_config(
+        {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "snr_shift_scale": 3.0,
+        }
+    ),
+}
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 UNCOND = Conditioning(torch.zeros(1, 1, 1), torch.ones(1, 1))
 STEP_WEIGHTS = {4: 0.6, 2: 0.25, 1: 0.15}
-
-
-def conditioning(num_steps: Tensor) -> Conditioning:
-    batch = num_steps.shape[0]
-    return Conditioning(torch.ones(batch, 1, 1), torch.ones(batch, 1), num_steps)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -50,10 +74,16 @@ class Linear(nn.Module):
         return self.gain * latents + self.shift + self.prompt_shift * prompted
 
 
+def grid(num_steps: Tensor) -> Tensor:
+    """Timesteps of the even grids, one row per K in `num_steps`."""
+    return tdm.timestep_table({count: student_timesteps(count) for count in (1, 2, 3, 4, 8)})[num_steps]
+
+
 def any_student_step(batch: int = 6) -> tuple[Linear, StudentStep]:
     student = Linear(0.3, 0.1)
     num_steps, step = tdm.draw_steps(batch, STEP_WEIGHTS, rng())
-    return student, tdm.student_step(student, randn(batch, 3, 4, 4), conditioning(num_steps), step)
+    noise = randn(batch, 3, 4, 4)
+    return student, tdm.student_step(student, noise, conditioning(num_steps), grid(num_steps), step)
 
 
 # Trajectory
@@ -62,7 +92,7 @@ def any_student_step(batch: int = 6) -> tuple[Linear, StudentStep]:
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8])
 def test_step_ends_are_the_sampling_timesteps(num_steps: int) -> None:
     step = torch.arange(num_steps)
-    now, to = tdm.step_ends(torch.full_like(step, num_steps), step, T)
+    now, to = tdm.step_ends(grid(torch.full_like(step, num_steps)), step)
     assert now.tolist() == student_timesteps(num_steps)
     assert to.tolist() == [*student_timesteps(num_steps)[1:], CLEAN]
 
@@ -80,7 +110,7 @@ def test_steps_are_drawn_by_weight_of_their_k_and_evenly_within() -> None:
 def test_rollout_stops_where_the_sampler_would_be() -> None:
     student = Linear(0.3, 0.1)
     noise, num_steps, step = randn(4, 3, 4, 4), torch.tensor([4, 4, 2, 1]), torch.tensor([3, 1, 1, 0])
-    latents = tdm.rollout(student, noise, conditioning(num_steps), step)
+    latents = tdm.rollout(student, noise, conditioning(num_steps), grid(num_steps), step)
     for row in range(4):
         expected = noise[row : row + 1]
         timesteps = student_timesteps(int(num_steps[row]))
@@ -95,17 +125,16 @@ def test_rollout_stops_where_the_sampler_would_be() -> None:
 
 def test_rollout_asks_only_for_rows_that_still_move() -> None:
     student = Linear(0.3, 0.1)
-    tdm.rollout(
-        student, randn(4, 3, 4, 4), conditioning(torch.tensor([4, 4, 2, 1])), torch.tensor([3, 1, 1, 0])
-    )
+    num_steps = torch.tensor([4, 4, 2, 1])
+    step = torch.tensor([3, 1, 1, 0])
+    tdm.rollout(student, randn(4, 3, 4, 4), conditioning(num_steps), grid(num_steps), step)
     assert student.rows == 3 + 1 + 1
 
 
 def test_last_student_step_lands_on_its_x0() -> None:
     student = Linear(0.3, 0.1)
-    at = tdm.student_step(
-        student, randn(2, 3, 4, 4), conditioning(torch.tensor([1, 4])), torch.tensor([0, 3])
-    )
+    num_steps, step = torch.tensor([1, 4]), torch.tensor([0, 3])
+    at = tdm.student_step(student, randn(2, 3, 4, 4), conditioning(num_steps), grid(num_steps), step)
     assert at.next_timesteps.tolist() == [CLEAN, CLEAN]
     torch.testing.assert_close(at.landing, at.x0.detach())
 
@@ -115,24 +144,36 @@ def test_last_student_step_lands_on_its_x0() -> None:
 pairs = st.tuples(st.integers(CLEAN, T - 2), st.integers(0, T - 1)).filter(lambda pair: pair[0] < pair[1])
 
 
-@given(pairs)
-def test_transition_kernel_carries_one_marginal_to_the_other(pair: tuple[int, int]) -> None:
+@each_schedule
+@given(pair=pairs)
+def test_transition_kernel_carries_one_marginal_to_the_other(
+    schedule: NoiseSchedule, pair: tuple[int, int]
+) -> None:
     source, tau = torch.tensor([pair[0]]), torch.tensor([pair[1]])
-    a, b = tdm.transition_kernel(SCHEDULE, source, tau)
-    (alpha_s, sigma_s), (alpha, sigma) = SCHEDULE.at(source), SCHEDULE.at(tau)
+    a, b = tdm.transition_kernel(schedule, source, tau)
+    (alpha_s, sigma_s), (alpha, sigma) = schedule.at(source), schedule.at(tau)
     torch.testing.assert_close(a * alpha_s, alpha)
-    torch.testing.assert_close((a * sigma_s) ** 2 + b**2, sigma**2)
+    torch.testing.assert_close((a * sigma_s) ** 2 + b**2, sigma**2, atol=1e-7, rtol=1e-5)
     assert b.item() > 0.0
 
 
-def test_query_of_noised_data_has_the_marginal_variance_of_tau() -> None:
+@each_schedule
+@pytest.mark.parametrize("intervals", ["separate", "overlapping"])
+def test_query_of_noised_data_has_the_marginal_variance_of_tau(
+    schedule: NoiseSchedule, intervals: tdm.Intervals
+) -> None:
     batch = 4096
-    x0, eps = torch.full((batch, 1, 8, 8), 0.5), randn(batch, 1, 8, 8)
+    x0, eps = torch.full((batch, 1, 2, 8, 8), 0.5), randn(batch, 1, 2, 8, 8)
     now, to = torch.full((batch,), 499), torch.full((batch,), 249)
-    alpha_s, sigma_s = SCHEDULE.at(to)
-    at = StudentStep(x0, eps, alpha_s * x0 + sigma_s * eps, now, to, conditioning(torch.full((batch,), 4)))
-    query = tdm.draw_query(at, SCHEDULE, Objective(), rng(1))
-    alpha, sigma = SCHEDULE.at(query.tau)
+    alpha_s, sigma_s = schedule.at(to, x0.ndim)
+    at = StudentStep(
+        x0, eps, alpha_s * x0 + sigma_s * eps, now, to, conditioning(torch.full((batch,), 4)), now < 0
+    )
+    query = tdm.draw_query(at, schedule, Objective(intervals=intervals), rng(1))
+    assert bool((query.tau > to).all())
+    assert bool((query.tau < (now if intervals == "separate" else T)).all())
+    assert (query.tau.max().item() > 499) == (intervals == "overlapping")
+    alpha, sigma = schedule.at(query.tau, x0.ndim)
     standard = (query.latents - alpha * 0.5) / sigma
     assert standard.mean().item() == pytest.approx(0.0, abs=0.01)
     assert standard.var().item() == pytest.approx(1.0, abs=0.01)
@@ -142,16 +183,66 @@ def test_query_of_noised_data_has_the_marginal_variance_of_tau() -> None:
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**32))
 def test_tau_stays_inside_its_own_step(num_steps: int, seed: int) -> None:
     step = torch.arange(num_steps).repeat(64)
-    now, to = tdm.step_ends(torch.full_like(step, num_steps), step, T)
+    now, to = tdm.step_ends(grid(torch.full_like(step, num_steps)), step)
     tau = tdm.draw_tau(now, to, Objective(), rng(seed))
     assert bool((tau > to).all())
     assert bool((tau >= 20).all())
     assert bool((tau < now - 10).all())
 
 
+def test_clean_points_are_predictions_noised_anew_at_any_level_of_their_step() -> None:
+    student, at = any_student_step(batch=512)
+    objective = Objective(points="clean")
+    points = tdm.matched(at, objective)
+    query = tdm.draw_query(points, SCHEDULE, objective, rng(2))
+    alpha, sigma = SCHEDULE.at(query.tau)
+    torch.testing.assert_close(query.latents, alpha * at.x0.detach() + sigma * query.noise)
+    assert bool((query.tau < at.timesteps - 10).all())
+    assert bool((query.tau <= at.next_timesteps).any())  # below where the step lands
+    rows, _ = tdm.student_loss(at, Linear(0.2, 1.0), Linear(0.2, 0.0), UNCOND, objective, rng(3))
+    rows.mean().backward()
+    assert student.shift.grad is not None
+    assert student.shift.grad.item() < 0.0
+
+
+def test_trajectory_points_are_the_landing_points() -> None:
+    _, at = any_student_step()
+    assert tdm.matched(at, Objective()) is at
+
+
 def test_steps_too_short_for_a_tau_are_refused() -> None:
     with pytest.raises(ValueError, match="tau_gap 600"):
         tdm.draw_tau(torch.tensor([499]), torch.tensor([CLEAN]), Objective(tau_gap=600), rng())
+
+
+def test_table_holds_each_ks_timesteps_and_then_clean() -> None:
+    table = tdm.timestep_table({1: [999], 3: [999, 700, 300]})
+    assert table[3].tolist() == [999, 700, 300, CLEAN]
+    assert table[1].tolist() == [999, CLEAN, CLEAN, CLEAN]
+
+
+@pytest.mark.parametrize("timesteps", [[999], [999, 999], [300, 999], [999, CLEAN]])
+def test_table_refuses_what_is_no_trajectory(timesteps: list[int]) -> None:
+    with pytest.raises(ValueError, match="2 strictly falling timesteps"):
+        tdm.timestep_table({2: timesteps})
+
+
+@given(st.integers(0, 2**32), st.floats(0.0, 0.49))
+def test_jittered_grids_start_at_the_noise_and_keep_falling(seed: int, share: float) -> None:
+    num_steps = torch.tensor([1, 2, 3, 4, 8] * 4)
+    visited = tdm.jitter(grid(num_steps), num_steps, share, rng(seed))
+    assert torch.equal(visited[:, 0], grid(num_steps)[:, 0])
+    for row, count in zip(visited.tolist(), num_steps.tolist(), strict=True):
+        assert all(t > s for t, s in itertools.pairwise(row[: count + 1]))
+        assert row[count:] == [CLEAN] * (len(row) - count)
+
+
+@given(st.integers(0, 2**32))
+def test_random_landings_lie_between_the_grid_points(seed: int) -> None:
+    now, to = tdm.step_ends(grid(torch.full((64,), 4)), torch.arange(64) % 4)
+    landing = tdm.draw_landing(now, to, rng(seed))
+    assert bool((landing >= to).all())
+    assert bool((landing < now - 20).all())
 
 
 # Fake score
@@ -164,10 +255,9 @@ def test_exact_target_at_a_clean_landing_is_the_students_x0() -> None:
     target = tdm.fake_target(at, query, SCHEDULE, "exact")
     assert torch.equal(tdm.fake_target(at, query, SCHEDULE, "student_x0"), at.x0)
     alpha, sigma = SCHEDULE.at(query.tau)
-    torch.testing.assert_close(
-        x0_to_eps(target, query.latents, alpha, sigma), query.noise, atol=1e-4, rtol=1e-4
-    )
-    torch.testing.assert_close(alpha * target, alpha * at.x0.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(target, at.x0.detach())
+    tweedie = (query.latents - sigma**2 / query.b * query.noise) / alpha
+    torch.testing.assert_close(alpha * target, alpha * tweedie, atol=1e-5, rtol=1e-4)
 
 
 def test_only_the_exact_target_learns_the_score_of_points_off_the_marginal() -> None:
@@ -177,7 +267,7 @@ def test_only_the_exact_target_learns_the_score_of_points_off_the_marginal() -> 
     alpha_s, sigma_s = SCHEDULE.at(torch.tensor([to]))
     x0 = landing / (alpha_s + sigma_s)  # a student whose eps equals its x0
     ends = torch.full((batch,), now), torch.full((batch,), to)
-    at = StudentStep(x0, x0, landing, *ends, conditioning(torch.full((batch,), 4)))
+    at = StudentStep(x0, x0, landing, *ends, conditioning(torch.full((batch,), 4)), ends[0] < 0)
     a, b = tdm.transition_kernel(SCHEDULE, ends[1], torch.full((batch,), tau))
     noise = randn(batch, 1, 1, 1, seed=4)
     query = Query(a * landing + b * noise, torch.full((batch,), tau), noise, a, b)
@@ -211,7 +301,9 @@ def test_importance_weight_is_one_when_eps_is_noise() -> None:
     x0, eps = randn(batch, 16, 32, 32), randn(batch, 16, 32, 32, seed=5)
     now, to = torch.full((batch,), 499), torch.full((batch,), 249)
     alpha_s, sigma_s = SCHEDULE.at(to)
-    at = StudentStep(x0, eps, alpha_s * x0 + sigma_s * eps, now, to, conditioning(torch.full((batch,), 4)))
+    at = StudentStep(
+        x0, eps, alpha_s * x0 + sigma_s * eps, now, to, conditioning(torch.full((batch,), 4)), now < 0
+    )
     weight = tdm.importance_weight(at, tdm.draw_query(at, SCHEDULE, Objective(), rng(6)), SCHEDULE)
     torch.testing.assert_close(weight, torch.ones(batch, 1, 1, 1), atol=0.03, rtol=0)
 
@@ -228,18 +320,75 @@ def test_fake_score_loss_trains_the_fake_score_alone(target: tdm.FakeTarget, los
     assert student.gain.grad is None
 
 
+def test_anchor_adds_the_distance_from_the_teacher() -> None:
+    _, at = any_student_step()
+    fake_score, teacher = Linear(0.2, 0.0), Linear(0.2, 0.5)
+    plain = tdm.fake_score_loss(fake_score, at, Objective(), rng(3))
+    anchored = tdm.fake_score_loss(fake_score, at, Objective(fake_anchor=0.1), rng(3), teacher=teacher)
+    query = tdm.draw_query(at, SCHEDULE, Objective(), rng(3))
+    weight = tdm.fake_weight(SCHEDULE, query.tau, "v").flatten()
+    torch.testing.assert_close(anchored - plain, 0.1 * 0.25 * weight, atol=1e-4, rtol=1e-3)
+
+
+def test_pulled_fake_score_is_between_itself_and_the_student() -> None:
+    fake_score, student = Linear(0.0, 1.0), Linear(1.0, 3.0)
+    tdm.pull_fake_score(fake_score, student, 0.25)
+    assert fake_score.gain.item() == 0.25
+    assert fake_score.shift.item() == 1.5
+    assert student.gain.item() == 1.0
+
+
 # Student
 
 
-def test_student_has_no_gradient_when_fake_score_equals_an_unguided_teacher() -> None:
+@pytest.mark.parametrize("divergence", ["kl", "fisher"])
+def test_student_has_no_gradient_when_fake_score_equals_an_unguided_teacher(
+    divergence: tdm.Divergence,
+) -> None:
     student, at = any_student_step()
     twin = Linear(0.2, 0.4)
-    rows, _ = tdm.student_loss(at, twin, twin, UNCOND, Objective(guidance_scale=1.0), rng(3))
+    objective = Objective(guidance_scale=1.0, divergence=divergence)
+    rows, _ = tdm.student_loss(at, twin, twin, UNCOND, objective, rng(3))
     rows.mean().backward()
     assert student.gain.grad is not None
     assert student.gain.grad.item() == 0.0
     assert student.shift.grad is not None
     assert student.shift.grad.item() == 0.0
+
+
+@pytest.mark.parametrize("guidance_tau", ["shared", "own", "later"])
+def test_decoupled_guidance_adds_what_shared_guidance_adds_where_it_is_the_same_everywhere(
+    guidance_tau: tdm.GuidanceTau,
+) -> None:
+    _, at = any_student_step()
+    teacher = Linear(0.2, 0.4, prompt_shift=1.0)
+    objective = Objective(guidance_scale=3.0, guidance_tau=guidance_tau)
+    query = tdm.draw_query(at, SCHEDULE, objective, rng(3))
+    x0 = tdm.teacher_x0(teacher, at, query, UNCOND, objective, rng(4))
+    torch.testing.assert_close(x0, 0.2 * query.latents + 0.4 + 3.0)
+
+
+def test_fisher_gradient_is_the_derivative_through_the_landing_point() -> None:
+    """Against finite differences, with teacher and fake score that answer x_tau with different slopes."""
+    teacher, fake_score, objective = Linear(0.2, 0.5), Linear(0.6, 0.1), Objective(guidance_scale=1.0)
+    objective = replace(objective, divergence="fisher", min_normaliser=1e3)
+    num_steps, step = torch.tensor([4, 4, 2]), torch.tensor([0, 2, 1])
+    now, to = tdm.step_ends(grid(num_steps), step)
+    x0, latents = randn(3, 1, 2, 2, seed=1).double(), randn(3, 1, 2, 2, seed=2).double()
+
+    def loss(x0: Tensor) -> Tensor:
+        eps = x0_to_eps(x0.detach(), latents, *SCHEDULE.at(now))
+        alpha_s, sigma_s = SCHEDULE.at(to)
+        landing = alpha_s * x0.detach() + sigma_s * eps
+        at = StudentStep(x0, eps, landing, now, to, conditioning(num_steps), now < 0)
+        return tdm.student_loss(at, teacher, fake_score, UNCOND, objective, rng(5))[0].sum()
+
+    x0.requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x0), x0)
+    nudge = 1e-4 * torch.eye(12, dtype=torch.float64).view(12, 3, 1, 2, 2)
+    with torch.no_grad():
+        numeric = torch.stack([loss(x0 + one) - loss(x0 - one) for one in nudge]) / 2e-4
+    torch.testing.assert_close(gradient.flatten(), numeric, atol=1e-9, rtol=1e-3)
 
 
 def test_guidance_moves_the_student_even_where_fake_score_equals_teacher() -> None:
@@ -269,7 +418,7 @@ def test_one_step_student_has_the_gradient_of_dmd() -> None:
     batch, guidance_scale = 5, 3.0
     noise, num_steps = randn(batch, 3, 4, 4), torch.ones(batch, dtype=torch.int64)
     cond, objective = conditioning(num_steps), Objective(guidance_scale=guidance_scale, huber_c=0.0)
-    at = tdm.student_step(student, noise, cond, torch.zeros_like(num_steps))
+    at = tdm.student_step(student, noise, cond, grid(num_steps), torch.zeros_like(num_steps))
     at.x0.retain_grad()
     tdm.student_loss(at, teacher, fake_score, UNCOND, objective, rng(9))[0].sum().backward()
 
@@ -293,82 +442,175 @@ def test_normaliser_is_bounded_below() -> None:
     assert bool(rows.isfinite().all())
 
 
-# All of it, on a mixture of Gaussians whose scores are known
+# One Gaussian: everything but the student's eight numbers is known in closed form
 
-CENTRES = 1.5 * torch.tensor([[math.cos(a), math.sin(a)] for a in torch.arange(6) * (2 * math.pi / 6)])
-SPREAD = 0.15
+MEAN, DEVIATION = 0.7, 0.4
 
 
-class MixtureDenoiser:
-    """The exact denoiser of six equal Gaussians on a ring."""
+class GaussianTeacher:
+    """The exact denoiser of N(MEAN, DEVIATION^2)."""
 
-    schedule = SCHEDULE
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        self.schedule = schedule
 
     def __call__(self, latents: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-        alpha, sigma = (factor.view(-1, 1) for factor in self.schedule.at(timesteps))
-        points = latents.view(-1, 2)
-        variance = (alpha * SPREAD) ** 2 + sigma**2
-        offset = points[:, None] - alpha[:, None] * CENTRES
-        weights = torch.softmax(-0.5 * offset.square().sum(-1) / variance, dim=1)
-        means = CENTRES + (alpha * SPREAD**2 / variance)[:, None] * offset
-        return (weights[..., None] * means).sum(1).view(-1, 2, 1, 1)
+        alpha, sigma = self.schedule.at(timesteps)
+        variance = (alpha * DEVIATION) ** 2 + sigma**2
+        return MEAN + alpha * DEVIATION**2 / variance * (latents - alpha * MEAN)
 
 
-class Corrected(nn.Module):
-    """The exact denoiser plus a network that starts at zero: a student, or a fake score, before training."""
+class AffineStudent(nn.Module):
+    """x0 = gain x + shift with a gain and a shift for each step of a grid; starts as the teacher."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, schedule: NoiseSchedule, visited: list[int]) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        self.base, self.schedule = MixtureDenoiser(), SCHEDULE
-        self.net = nn.Sequential(nn.Linear(11, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU())
-        self.out = nn.Linear(128, 2)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.schedule, self.visited = schedule, torch.tensor(visited)
+        alpha, sigma = (factor.flatten() for factor in schedule.at(self.visited))
+        gain = alpha * DEVIATION**2 / ((alpha * DEVIATION) ** 2 + sigma**2)
+        self.gain, self.shift = nn.Parameter(gain), nn.Parameter(MEAN * (1 - gain * alpha))
 
     def forward(self, latents: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-        time = timesteps.float().view(-1, 1) / T
-        assert cond.num_steps is not None
-        steps = nn.functional.one_hot(cond.num_steps, 5).float()[:, 1:]
-        waves = torch.cat([torch.sin(math.pi * k * time) for k in (1, 2, 4)] + [time, 1 - time], dim=1)
-        hidden = self.net(torch.cat([latents.view(-1, 2), waves, steps], dim=1))
-        correction: Tensor = self.out(hidden)
-        return self.base(latents, timesteps, cond) + correction.view(-1, 2, 1, 1)
+        index = (timesteps[:, None] == self.visited).int().argmax(1)
+        return self.gain[index].view(-1, 1, 1, 1) * latents + self.shift[index].view(-1, 1, 1, 1)
 
 
-def sliced_wasserstein(points: Tensor, others: Tensor) -> float:
-    angles = torch.linspace(0, math.pi, 33)[:-1]
-    directions = torch.stack([angles.cos(), angles.sin()])
-    return float(((points @ directions).sort(0).values - (others @ directions).sort(0).values).abs().mean())
+class PerfectFakeScore:
+    """Knows the mean and variance of every step's landing points, hence their score at any tau."""
+
+    def __init__(self, schedule: NoiseSchedule, at: StudentStep) -> None:
+        self.schedule, self.at = schedule, at
+        mean, variance = torch.empty_like(at.landing), torch.empty_like(at.landing)
+        for timestep in at.timesteps.unique():
+            rows = at.timesteps == timestep
+            mean[rows], variance[rows] = at.landing[rows].mean(), at.landing[rows].var()
+        self.mean, self.variance = mean, variance
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        a, b = tdm.transition_kernel(self.schedule, self.at.next_timesteps, timesteps)
+        score = -(latents - a * self.mean) / (a**2 * self.variance + b**2)
+        alpha, sigma = self.schedule.at(timesteps)
+        return (latents + sigma**2 * score) / alpha
+
+
+@each_schedule
+def test_with_a_perfect_fake_score_the_students_marginals_become_exactly_the_teachers(
+    schedule: NoiseSchedule,
+) -> None:
+    batch, visited = 4096, student_timesteps(4, 900)
+    table = tdm.timestep_table({4: visited})
+    teacher, student = GaussianTeacher(schedule), AffineStudent(schedule, visited)
+    generator, objective = rng(1), Objective(guidance_scale=1.0, huber_c=0.0)
+    alpha_T, sigma_T = schedule.at(torch.tensor(visited[:1]))
+
+    def start(generator: torch.Generator) -> Tensor:
+        return alpha_T * MEAN + (sigma_T**2 + (alpha_T * DEVIATION) ** 2).sqrt() * torch.randn(
+            batch, 1, 1, 1, generator=generator
+        )
+
+    def deviations(model: Denoiser) -> list[tuple[float, float]]:
+        """Per step, by how much mean and standard deviation of the landing points are off, of the latter."""
+        found = []
+        for step in range(4):
+            num_steps = torch.full((batch,), 4)
+            at = tdm.student_step(
+                model, start(rng(7)), conditioning(num_steps), table[num_steps], torch.full((batch,), step)
+            )
+            alpha, sigma = (float(factor[0]) for factor in schedule.at(at.next_timesteps))
+            expected = math.hypot(alpha * DEVIATION, sigma)
+            found.append(
+                (
+                    (float(at.landing.mean()) - alpha * MEAN) / expected,
+                    float(at.landing.std()) / expected - 1.0,
+                )
+            )
+        return found
+
+    assert max(abs(value) for step in deviations(teacher) for value in step) > 0.1
+    adam = torch.optim.Adam(student.parameters(), lr=0.02, betas=(0.0, 0.99))
+    for iteration in range(400):
+        adam.param_groups[0]["lr"] = 0.02 * (1 - iteration / 400)
+        num_steps, step = tdm.draw_steps(batch, {4: 1.0}, generator)
+        at = tdm.student_step(student, start(generator), conditioning(num_steps), table[num_steps], step)
+        adam.zero_grad()
+        fake_score = PerfectFakeScore(schedule, at)
+        tdm.student_loss(at, teacher, fake_score, UNCOND, objective, generator)[0].mean().backward()
+        adam.step()
+    assert max(abs(value) for step in deviations(student) for value in step) < 0.03
+
+
+# Diversity
+
+
+@each_schedule
+def test_connecting_x0_undoes_a_ddim_step(schedule: NoiseSchedule) -> None:
+    now, to = torch.tensor([900, 700, 400]), torch.tensor([600, 200, CLEAN])
+    latents, x0 = randn(3, 2, 4, 4), randn(3, 2, 4, 4, seed=1)
+    eps = x0_to_eps(x0, latents, *schedule.at(now))
+    landing = ddim_step(x0, eps, schedule, to)
+    torch.testing.assert_close(
+        tdm.connecting_x0(schedule, latents, now, landing, to), x0, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_diversity_is_asked_of_first_steps_that_end_in_noise() -> None:
+    teacher, objective = RingDenoiser(SCHEDULE), Objective(guidance_scale=1.0, diversity=0.5)
+    num_steps, step = torch.tensor([4, 4, 2, 1]), torch.tensor([0, 1, 0, 0])
+    cond = conditioning(num_steps)
+    at = tdm.student_step(Linear(0.3, 0.1), randn(4, 2, 1, 1), cond, grid(num_steps), step)
+    loss = tdm.diversity_loss(at, teacher, UNCOND, objective, torch.ones(4))
+    assert (loss > 0).tolist() == [True, False, True, False]
+    loss.sum().backward()
+
+    # one sub-step: the target is the teacher's own x0; a student that has it loses nothing
+    once = Objective(guidance_scale=1.0, diversity=0.5, diversity_substeps=1)
+    at = tdm.student_step(teacher, randn(4, 2, 1, 1), cond, grid(num_steps), step)
+    assert tdm.diversity_loss(at, teacher, UNCOND, once, torch.ones(4)).abs().max() < 1e-6
+
+
+# All of it, on a mixture of Gaussians whose scores are known
 
 
 def test_distilled_mixture_beats_its_teacher_at_equal_steps() -> None:
-    batch, iterations = 256, 300
-    with torch.random.fork_rng(devices=[]):
-        teacher, student, fake_score = MixtureDenoiser(), Corrected(0), Corrected(0)
-    generator, objective = rng(1), Objective(guidance_scale=1.0)
-    student_adam = torch.optim.Adam(student.parameters(), lr=1e-3, betas=(0.0, 0.99))
-    fake_adam = torch.optim.Adam(fake_score.parameters(), lr=3e-3, betas=(0.0, 0.99))
-    for iteration in range(iterations):
-        for adam, lr in ((student_adam, 1e-3), (fake_adam, 3e-3)):
-            adam.param_groups[0]["lr"] = lr * min(1.0, 2.5 * (1 - iteration / iterations))
-        num_steps, step = tdm.draw_steps(batch, STEP_WEIGHTS, generator)
-        noise = torch.randn(batch, 2, 1, 1, generator=generator)
-        at = tdm.student_step(student, noise, conditioning(num_steps), step)
-        fake_adam.zero_grad()
-        tdm.fake_score_loss(fake_score, at, objective, generator).mean().backward()
-        fake_adam.step()
-        student_adam.zero_grad()
-        tdm.student_loss(at, teacher, fake_score, UNCOND, objective, generator)[0].mean().backward()
-        student_adam.step()
-
     num = 4096
-    truth = CENTRES[torch.arange(num) % 6] + SPREAD * randn(num, 2, seed=7)
-    noise = randn(num, 2, 1, 1, seed=8)
+    student = distill_ring(SCHEDULE, Objective(guidance_scale=1.0), num_steps=STEP_WEIGHTS, batch=256)
     for count in (4, 2, 1):
-        cond = conditioning(torch.full((num,), count))
         distances = [
-            sliced_wasserstein(sample(model, noise, student_timesteps(count), cond).view(-1, 2), truth)
-            for model in (student, teacher)
+            sliced_wasserstein(landings(model, num, count)[-1][1], points_of_data(num, 7))
+            for model in (student, RingDenoiser(SCHEDULE))
         ]
         assert distances[0] < 0.75 * distances[1], f"{count} steps"
+
+
+@pytest.mark.parametrize("name", ["v_prediction", "flow, shift 3"])
+def test_training_moves_the_students_trajectory_to_the_marginals_of_a_mixture(name: str) -> None:
+    """Four steps, unguided, exact target: x_s comes to be distributed like the diffused data at each s."""
+    schedule, num = SCHEDULES[name], 8192
+    objective = Objective(guidance_scale=1.0, fake_target="exact")
+    student = distill_ring(schedule, objective, num_steps={4: 1.0}, fake_updates=2)
+    ours, teachers = (
+        [sliced_wasserstein(points, diffused_data(schedule, s, num)) for s, points in landings(model, num, 4)]
+        for model in (student, RingDenoiser(schedule))
+    )
+    # Euler's error grows along the teacher's trajectory; the first two points have hardly any to lose
+    assert ours[3] < 0.7 * teachers[3]
+    assert ours[2] < 0.6 * teachers[2]
+    assert max(ours[:2]) < 0.05
+
+
+def test_matching_clean_points_alone_leaves_the_trajectory_off_the_marginals() -> None:
+    """What sets TDM apart from DMD2: without it only the last point is distributed rightly."""
+    schedule, num = SCHEDULES["flow, shift 3"], 4096
+    objective = Objective(guidance_scale=1.0, points="clean")
+    student = distill_ring(schedule, objective, num_steps={4: 1.0}, fake_updates=2)
+    ours, teachers = (
+        [sliced_wasserstein(points, diffused_data(schedule, s, num)) for s, points in landings(model, num, 4)]
+        for model in (student, RingDenoiser(schedule))
+    )
+    assert ours[3] < 0.7 * teachers[3]
+    assert min(ours[:3]) > 2 * max(teachers[:2])
+
+
+def test_the_rings_picture_is_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "ring.png"
+    draw(picture, SCHEDULE, [Sampler("teacher", RingDenoiser(SCHEDULE))], num=64)
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,58 @@
+"""The gate of a student that draws videos."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from engines.demo.video.judge import VideoJudge
+from engines.distill.domains import DEMOS, video_counts
+from engines.distill.evaluator import GateConfig
+from engines.distill.gate import Gate
+from engines.families.student import read_student
+from tests.engines.tiny import make_tiny_cogvideox
+
+
+def test_prompts_of_videos_are_of_two_kinds() -> None:
+    assert video_counts(1000) == {"seen": 800, "held_out": 200}
+    prompts = DEMOS["video"].prompts(0, 50)
+    for scene, asked, group in zip(prompts.scenes, prompts.asked, prompts.groups, strict=True):
+        assert asked.is_held_out() == scene.is_held_out() == (group == "held_out")
+        assert asked.shown_by(scene)
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    base = tmp_path_factory.mktemp("gate")
+    VideoJudge().save(base / "judge.safetensors")
+    config = GateConfig(
+        student=make_tiny_cogvideox(base / "student"),
+        teacher=make_tiny_cogvideox(base / "teacher", student=False),
+        judge=base / "judge.safetensors",
+        out=base / "report",
+        seeds=1,
+        num_prompts=10,
+        num_reference=12,
+        steps=(4,),
+        teacher_steps=(4, 2),
+        guidance_scale=2.0,
+    )
+    return Gate(config, Console(file=io.StringIO(), force_terminal=False))
+
+
+def test_videos_are_measured_read_and_shown_as_filmstrips(gate: Gate) -> None:
+    report = gate.run()
+    assert list(report["setup"]["groups"]) == ["seen", "held_out"]
+    keys = ["real", "vae", "teacher-4-cfg", "teacher-4", "teacher-2-cfg", "teacher-2", "student-4"]
+    assert [row["key"] for row in report["rows"]] == keys
+    assert len(report["criteria"]) == 5
+    assert "accuracy (seen pairs)" in report["criteria"][0]["text"]
+    table = (gate.config.out / "report.md").read_text()
+    assert "| exact %, seen pairs | exact %, held-out pairs |" in table
+    with Image.open(gate.config.out / "contact_sheet.png") as sheet:
+        assert sheet.width > 4 * 3 * 96
+        assert sheet.height > 6 * 96
+    assert read_student(gate.config.student).gate_passed == report["passed"]
