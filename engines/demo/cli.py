@@ -1,10 +1,22 @@
 """`python -m engines demo-teacher`: the teacher, its VAE and the judge, from nothing."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 STAGES = ("pictures", "judge", "vae", "train", "assemble")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "image": {
+        "out": Path("runs/demo"), "scenes": 60, "judge_steps": 3000, "vae_steps": 4000,
+        "teacher_steps": 6600, "batch": 128, "layers": 6, "heads": 6,
+    },
+    "video": {
+        "out": Path("runs/demo-video"), "scenes": 24, "judge_steps": 2500, "vae_steps": 2500,
+        "teacher_steps": 6500, "batch": 64, "layers": 6, "heads": 3,
+    },
+}  # fmt: skip
+"""What options are that are not given, by kind of teacher."""
 
 
 def add_demo_parser(commands: Any) -> None:  # argparse does not name the type of its subparsers
@@ -12,33 +24,43 @@ def add_demo_parser(commands: Any) -> None:  # argparse does not name the type o
     parser: argparse.ArgumentParser = commands.add_parser(
         "demo-teacher",
         help="render captioned scenes and train the demo teacher on them",
-        description="Render captioned scenes, train a judge that reads them, the VAE and the teacher, and "
-        "write the teacher as a diffusers PixArtAlphaPipeline directory. Every stage continues where it was "
-        "interrupted; a finished one is skipped. Two shells may run different stages at once.",
+        description="Render captioned scenes or clips, train a judge that reads them, the VAE and the "
+        "teacher, and write the teacher as a diffusers directory: a PixArtAlphaPipeline that draws pictures, "
+        "or a CogVideoXPipeline that draws clips. Every stage continues where it was interrupted; a finished "
+        "one is skipped. Two shells may run different stages at once.",
     )
+
+    def add(option: str, text: str, of: Callable[[str], Any] = int) -> None:
+        image, video = (DEFAULTS[kind][option.replace("-", "_")] for kind in DEFAULTS)
+        default = f"{image}" if image == video else f"{image}; video: {video}"
+        parser.add_argument(f"--{option}", type=of, default=None, help=f"{text} (default: {default})")
+
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="working directory (default: %(default)s)"
+        "--kind",
+        choices=tuple(DEFAULTS),
+        default="image",
+        help="what the teacher draws (default: %(default)s)",
     )
+    add("out", "working directory", Path)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
     parser.add_argument("--threads", type=int, default=0, help="torch threads and renderers; 0: one per core")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument(
-        "--scenes", type=int, default=60, help="thousands of training pictures (default: %(default)s)"
-    )
-    parser.add_argument("--judge-steps", type=int, default=3000, help="of 96 pictures (default: %(default)s)")
-    parser.add_argument("--vae-steps", type=int, default=4000, help="of 16 pictures (default: %(default)s)")
-    parser.add_argument(
-        "--teacher-steps", type=int, default=6600, help="of BATCH pictures (default: %(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=128, help="of the teacher (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=6, help="of the teacher (default: %(default)s)")
-    parser.add_argument(
-        "--heads", type=int, default=6, help="of the teacher, 32 wide each (default: %(default)s)"
-    )
+    add("scenes", "thousands of training pictures or clips")
+    add("judge-steps", "of 96 pictures or clips")
+    add("vae-steps", "of 16 pictures or 8 clips")
+    add("teacher-steps", "of BATCH pictures or clips")
+    add("batch", "of the teacher")
+    add("layers", "of the teacher")
+    add("heads", "of the teacher, 32 wide each; video: 48")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from engines.demo.recipe import run_recipe
-
+    for option, value in DEFAULTS[args.kind].items():
+        if getattr(args, option) is None:
+            setattr(args, option, value)
+    if args.kind == "video":
+        from engines.demo.video.recipe import run_recipe
+    else:
+        from engines.demo.recipe import run_recipe
     return run_recipe(args)

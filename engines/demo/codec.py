@@ -14,7 +14,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
-from engines.demo.fit import FitConfig, fit
+from engines.demo.fit import FitConfig, autocast, fit
 from engines.demo.judge import to_input
 
 PATCH = 8
@@ -110,13 +110,13 @@ def train_vae(
         turn = torch.rand((), generator=rng)
         noisy = (latents + noise).to(config.device)
         target, latents = target.to(config.device), latents.to(config.device)
-        with torch.autocast(config.device, torch.bfloat16):
+        with autocast(config.device):
             decoded = vae.decoder(noisy.contiguous(memory_format=torch.channels_last)).float()
         total = (decoded - target).abs().mean()
         for axis in (2, 3):  # edges are few pixels, but they are what one looks at
             total = total + (decoded.diff(dim=axis) - target.diff(dim=axis)).abs().mean()
         if turn < 1 / 3:
-            with torch.autocast(config.device, torch.bfloat16):
+            with autocast(config.device):
                 moments = vae.encoder(target.contiguous(memory_format=torch.channels_last)).float()
             mean, log_variance = moments.chunk(2, dim=1)
             total = (

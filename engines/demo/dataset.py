@@ -1,18 +1,35 @@
-"""Rendered scenes on disk: shards of pictures that are drawn once and read by every training stage."""
+"""Rendered scenes on disk: shards that are drawn once and read by every training stage."""
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from engines.demo.scenes import IMAGE_SIZE, Scene, Split, render, sample_scenes
+from engines.demo.scenes import Scene, Split, render, sample_scenes
 
 SHARD_SIZE = 1000
+
+
+class Shards(Protocol):
+    """A fixed set of pictures or clips, drawn `SHARD_SIZE` at a time."""
+
+    @property
+    def num_shards(self) -> int: ...
+
+    def shard_name(self, shard: int) -> str:
+        """Name of the shard's file, without ending: the same only for the same pixels."""
+        ...
+
+    def draw_shard(self, shard: int) -> Tensor:
+        """Draw (SHARD_SIZE, ...) uint8."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +60,16 @@ class SceneSet:
     def scenes(self) -> list[Scene]:
         return [scene for shard in range(self.num_shards) for scene in self.shard_scenes(shard)]
 
+    def shard_name(self, shard: int) -> str:
+        return f"{self.split}-{round(100 * self.two_object_share)}-{self.seed + shard:06d}"
 
-def _shard_path(directory: Path, scene_set: SceneSet, shard: int) -> Path:
-    share = round(100 * scene_set.two_object_share)
-    return directory / f"{scene_set.split}-{share}-{scene_set.seed + shard:06d}.npy"
+    def draw_shard(self, shard: int) -> Tensor:
+        return render(self.shard_scenes(shard), self.seed + shard)
 
 
-def _render_shard(scene_set: SceneSet, shard: int, path: Path) -> None:
+def _render_shard(shards: Shards, shard: int, path: Path) -> None:
     torch.set_num_threads(1)
-    pictures = render(scene_set.shard_scenes(shard), scene_set.seed + shard).numpy()
+    pictures = shards.draw_shard(shard).numpy()
     partial = path.with_suffix(f".{os.getpid()}.part")
     with partial.open("wb") as file:
         np.save(file, pictures)
@@ -59,7 +77,7 @@ def _render_shard(scene_set: SceneSet, shard: int, path: Path) -> None:
 
 
 def render_set(
-    scene_set: SceneSet,
+    shards: Shards,
     directory: Path,
     *,
     num_processes: int,
@@ -68,25 +86,26 @@ def render_set(
     """Draw what is missing of a set and read all of it.
 
     Args:
-        scene_set: the recipe.
+        shards: the set.
         directory: keeps the shards; finished ones are not drawn again.
         num_processes: single-threaded renderers side by side.
         on_shard: called with (done, total) shards.
     Returns:
-        (N, 64, 64, 3) uint8.
+        (N, ...) uint8, as the set draws them.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [_shard_path(directory, scene_set, shard) for shard in range(scene_set.num_shards)]
+    paths = [directory / f"{shards.shard_name(shard)}.npy" for shard in range(shards.num_shards)]
     missing = [shard for shard, path in enumerate(paths) if not path.exists()]
     done = len(paths) - len(missing)
     if missing:
         with ProcessPoolExecutor(num_processes) as pool:
-            for future in as_completed(pool.submit(_render_shard, scene_set, s, paths[s]) for s in missing):
+            for future in as_completed(pool.submit(_render_shard, shards, s, paths[s]) for s in missing):
                 future.result()
                 done += 1
                 if on_shard is not None:
                     on_shard(done, len(paths))
-    pictures = np.empty((len(scene_set), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    first = np.load(paths[0], allow_pickle=False)
+    pictures = np.empty((len(paths) * SHARD_SIZE, *first.shape[1:]), dtype=np.uint8)
     for shard, path in enumerate(paths):
         pictures[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE] = np.load(path, allow_pickle=False)
     return pictures

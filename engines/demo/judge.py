@@ -9,8 +9,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engines.demo.fit import FitConfig, fit
-from engines.demo.scenes import COLOURS, GROUNDS, POSITIONS, RELATIONS, SHAPES, SIZES, SKIES, Scene, Solid
+from engines.demo.fit import FitConfig, autocast, fit
+from engines.demo.scenes import (
+    COLOURS,
+    GROUNDS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    SKIES,
+    Scene,
+    Solid,
+    said,
+)
 
 _PLACES = (*POSITIONS, *RELATIONS)
 # one classifier a question; the last three repeat for the second solid, which need not exist
@@ -26,9 +37,13 @@ _IGNORE = -100
 
 def answers(scene: Scene) -> list[int]:
     """What the heads should say of a scene, in their order."""
-    row = [_PLACES.index(scene.place), tuple(GROUNDS).index(scene.ground), tuple(SKIES).index(scene.sky)]
+    row = [
+        _PLACES.index(said(scene.place)),
+        tuple(GROUNDS).index(said(scene.ground)),
+        tuple(SKIES).index(said(scene.sky)),
+    ]
     for solid in scene.solids:
-        row += [SHAPES.index(solid.shape), tuple(COLOURS).index(solid.colour), SIZES.index(solid.size)]
+        row += [SHAPES.index(solid.shape), tuple(COLOURS).index(solid.colour), SIZES.index(said(solid.size))]
     return row + [_IGNORE] * (len(HEADS) - len(row))
 
 
@@ -93,10 +108,10 @@ class Judge(nn.Module):
         sizes = [num for _, num in HEADS]
         scenes = []
         for part in images.split(batch):
-            said = torch.stack(
+            labels = torch.stack(
                 [head.argmax(1) for head in self(to_input(part))[1].split(sizes, dim=1)], dim=1
             )
-            scenes += [_scene(row) for row in said.tolist()]
+            scenes += [_scene(row) for row in labels.tolist()]
         return scenes
 
 
@@ -111,9 +126,9 @@ def to_input(images: Tensor) -> Tensor:
 
 
 def accuracy(judge: Judge, images: Tensor, scenes: Sequence[Scene]) -> float:
-    """Share of pictures in which the judge reads exactly the scene that was asked for."""
-    said = judge.read(images)
-    return sum(a.key() == b.key() for a, b in zip(said, scenes, strict=True)) / len(scenes)
+    """Share of pictures in which the judge reads everything that was asked for."""
+    seen = judge.read(images)
+    return sum(asked.shown_by(shown) for asked, shown in zip(scenes, seen, strict=True)) / len(scenes)
 
 
 def train_judge(
@@ -133,7 +148,7 @@ def train_judge(
         if torch.rand((), generator=rng) < 0.3:
             x = functional.interpolate(functional.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
         x = x + 0.05 * torch.rand((), generator=rng) * torch.randn(x.shape, generator=rng)
-        with torch.autocast(config.device, torch.bfloat16):
+        with autocast(config.device):
             _, logits = judge(x.to(config.device))
         total = logits.new_zeros((), dtype=torch.float32)
         labels = truth[rows].to(config.device)

@@ -67,29 +67,36 @@ Split = Literal["train", "held_out", "all"]
 
 @dataclass(frozen=True, slots=True)
 class Solid:
-    """One object of a scene."""
+    """One object of a scene; a size of None is left unsaid."""
 
     shape: str
     colour: str
-    size: str
+    size: str | None
 
-    def phrase(self, *, with_size: bool = True) -> str:
-        if with_size:
+    def phrase(self) -> str:
+        if self.size is not None:
             return f"a {self.size} {self.colour} {self.shape}"
         return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.shape}"
 
     def is_held_out(self) -> bool:
         return (self.shape, self.colour) in HELD_OUT_PAIRS
 
+    def shown_by(self, seen: "Solid") -> bool:
+        """Whether what is seen has everything that is said of this solid."""
+        return (self.shape, self.colour, self.size or seen.size) == (seen.shape, seen.colour, seen.size)
+
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a caption says; `place` is a position of one solid, or a relation of the first to the second."""
+    """What a caption says; `place` is a position of one solid, or a relation of the first to the second.
+
+    None is left unsaid; the relation of two solids never is. To be rendered, a scene has to be complete.
+    """
 
     solids: tuple[Solid, ...]
-    place: str
-    ground: str
-    sky: str
+    place: str | None
+    ground: str | None
+    sky: str | None
 
     @property
     def num_objects(self) -> int:
@@ -102,36 +109,57 @@ class Scene:
     def is_held_out(self) -> bool:
         return any(solid.is_held_out() for solid in self.solids)
 
+    def shown_by(self, seen: "Scene") -> bool:
+        """Whether what is seen has everything that this scene says."""
+        return (
+            self.num_objects == seen.num_objects
+            and all(solid.shown_by(other) for solid, other in zip(self.solids, seen.solids, strict=True))
+            and self.place in (None, seen.place)
+            and self.ground in (None, seen.ground)
+            and self.sky in (None, seen.sky)
+        )
+
     def mirrored(self) -> "Scene":
         """What the picture shows when left and right are exchanged."""
         if self.num_objects == 1:
-            place = {"left": "right", "middle": "middle", "right": "left"}[self.place]
+            place = {"left": "right", "right": "left"}.get(self.place or "", self.place)
             return Scene(self.solids, place, self.ground, self.sky)
         solids = self.solids[::-1] if self.place == "left of" else self.solids
         return Scene(solids, self.place, self.ground, self.sky)
 
-    def caption(self) -> str:
-        if self.num_objects == 1:
-            subject = f"{self.solids[0].phrase()} {POSITIONS[self.place]}"
-        else:
-            subject = f"{self.solids[0].phrase()} {self.place} {self.solids[1].phrase()}"
-        return f"{subject}, on {self.ground} {SKIES[self.sky].phrase}"
+    def partly_said(self, rng: np.random.Generator) -> "Scene":
+        """The scene with each attribute but shapes, colours and relation left unsaid every other time."""
+        place, ground, sky, *sizes = rng.random(3 + self.num_objects) < 0.5
+        return Scene(
+            tuple(
+                solid if keep else Solid(solid.shape, solid.colour, None)
+                for solid, keep in zip(self.solids, sizes, strict=True)
+            ),
+            self.place if place or self.num_objects > 1 else None,
+            self.ground if ground else None,
+            self.sky if sky else None,
+        )
 
-    def partial_caption(self, rng: np.random.Generator) -> str:
-        """The caption with some attributes left unsaid, as people write prompts: "a red cube at night"."""
-        said = rng.random(3 + self.num_objects) < 0.5
-        phrases = [
-            solid.phrase(with_size=keep_size) for solid, keep_size in zip(self.solids, said[3:], strict=True)
-        ]
-        if self.num_objects == 1:
-            words = [phrases[0]] + ([POSITIONS[self.place]] if said[0] else [])
-        else:
-            words = [phrases[0], self.place, phrases[1]]
-        if said[1]:
-            words.append(f"on {self.ground}")
-        if said[2]:
-            words.append(SKIES[self.sky].phrase)
-        return " ".join(words)
+    def caption(self) -> str:
+        """Say it as people do: "a large red cube on the left, on grass by day", or "a red cube at night"."""
+        phrases = [solid.phrase() for solid in self.solids]
+        where = [POSITIONS[self.place]] if self.num_objects == 1 and self.place is not None else []
+        subject = " ".join([f" {self.place} ".join(phrases), *where])
+        setting = [f"on {self.ground}"] if self.ground is not None else []
+        setting += [SKIES[self.sky].phrase] if self.sky is not None else []
+        complete = None not in (self.place, self.ground, self.sky, *(solid.size for solid in self.solids))
+        return (", " if complete else " ").join([subject, " ".join(setting)]).rstrip()
+
+
+def said(attribute: str | None) -> str:
+    """An attribute that has to be known.
+
+    Raises:
+        ValueError: it was left unsaid.
+    """
+    if attribute is None:
+        raise ValueError("the scene is not complete: an attribute was left unsaid")
+    return attribute
 
 
 def vocabulary() -> list[str]:
@@ -193,7 +221,7 @@ def sample_scenes(
 
 
 def sample_captions(
-    num: int, seed: int, split: Split = "train", *, two_object_share: float = 0.3, partial_share: float = 0.25
+    num: int, seed: int, split: Split = "train", *, two_object_share: float = 0.3, partial_share: float = 0.75
 ) -> list[str]:
     """Captions of random scenes, mixed as the teacher sees them; in some, attributes are left unsaid."""
     rng = np.random.default_rng([seed, 1])
@@ -203,7 +231,7 @@ def sample_captions(
         *sample_scenes(num_two, seed, split=split, num_objects=2),
     ]
     captions = [
-        scene.partial_caption(rng) if rng.random() < partial_share else scene.caption() for scene in scenes
+        (scene.partly_said(rng) if rng.random() < partial_share else scene).caption() for scene in scenes
     ]
     return [captions[i] for i in rng.permutation(num)]
 
@@ -390,7 +418,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[dict[str, float]]:
         return float(rng.uniform(low, high))
 
     if scene.num_objects == 1:
-        x = {"left": -1.2, "middle": 0.0, "right": 1.2}[scene.place] + between(-0.2, 0.2)
+        x = {"left": -1.2, "middle": 0.0, "right": 1.2}[said(scene.place)] + between(-0.2, 0.2)
         spots = [(x, between(-0.5, 0.7))]
     elif scene.place == "left of":
         spots = [(between(-1.3, -0.95), between(-0.3, 0.3)), (between(0.95, 1.3), between(-0.3, 0.3))]
@@ -465,10 +493,10 @@ def _render_chunk(
                 column["gloss"],
             )
         )
-    skies = [SKIES[scene.sky] for scene in scenes]
+    skies = [SKIES[said(scene.sky)] for scene in scenes]
     zenith, horizon = _rows([sky.zenith for sky in skies]), _rows([sky.horizon for sky in skies])
     sun, ambient = _rows([sky.sun for sky in skies]), _rows([sky.ambient for sky in skies])
-    earth = _rows([GROUNDS[scene.ground] for scene in scenes])
+    earth = _rows([GROUNDS[said(scene.ground)] for scene in scenes])
     earth = earth * _rows([[float(rng.uniform(0.92, 1.08))] for rng in rngs])
     azimuth = _rows([[float(rng.uniform(-1.0, 1.0)) * 2.3 - math.pi / 2] for rng in rngs])
     elevation = _rows([[float(rng.uniform(0.65, 1.1))] for rng in rngs])

@@ -1,5 +1,6 @@
 """The demo's tokenizer and text encoder: a word-level vocabulary under a small T5."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,8 +39,21 @@ _SYNONYMS = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-case words without punctuation, synonyms folded; `</s>` ends a prompt as in T5."""
-    words = [*_SPECIAL, *vocabulary()]
+    """The tokenizer of captions of scenes."""
+    return build_tokenizer(vocabulary(), _SYNONYMS, MAX_TOKENS)
+
+
+def build_tokenizer(
+    vocabulary: Sequence[str], synonyms: Mapping[str, str], max_tokens: int
+) -> PreTrainedTokenizerFast:
+    """Lower-case words without punctuation, synonyms folded; `</s>` ends a prompt as in T5.
+
+    Args:
+        vocabulary: words that are told apart.
+        synonyms: what people type instead of a word, alternatives between bars; folded in this order.
+        max_tokens: the longest prompt, `</s>` included.
+    """
+    words = [*_SPECIAL, *vocabulary]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=_UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -48,7 +62,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
             normalizers.Replace(Regex(r"[^a-z]+"), " "),
             normalizers.Strip(),
         ]
-        + [normalizers.Replace(Regex(rf"\b(?:{others})\b"), word) for word, others in _SYNONYMS.items()]
+        + [normalizers.Replace(Regex(rf"\b(?:{others})\b"), word) for word, others in synonyms.items()]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {_END}", special_tokens=[(_END, 1)])
@@ -57,7 +71,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=_PAD,
         eos_token=_END,
         unk_token=_UNKNOWN,
-        model_max_length=MAX_TOKENS,
+        model_max_length=max_tokens,
         padding_side="right",
     )
 
