@@ -9,14 +9,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
-from loadtests import bench
+from loadtests import bench, worker_start
 from loadtests.client import BadReplyError, Reply
 from loadtests.process import ROOT, ServerProcess, free_port
 from server.errors import all_errors
-from tests.engines.tiny import make_tiny_checkpoint
+from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
+from tests.server.conftest import poll
 
 # Client errors that one client alone cannot bring about; the server's own tests do.
 NOT_IN_SMOKE = {
@@ -31,30 +33,45 @@ NOT_IN_SMOKE = {
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of the tiny random student, run eagerly: nothing to compile."""
+    """A bundle of the tiny random student."""
     folder = tmp_path_factory.mktemp("loadtests")
-    student = make_tiny_checkpoint(folder / "student")
+    return build(make_tiny_checkpoint(folder / "student"), folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def video_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of one that draws clips."""
+    folder = tmp_path_factory.mktemp("loadtests-video")
+    return build(make_tiny_cogvideox(folder / "student"), folder / "bundle")
+
+
+def build(student: Path, out: Path) -> Path:
+    """Build a bundle that is run eagerly: nothing to compile."""
+    options = ["--out", str(out), "--backends=eager", "--batches=1,2,4"]
     subprocess.run(
-        [sys.executable, "-m", "engines", "build", student, "--out", folder / "bundle", "--backends=eager"],
-        cwd=ROOT,
-        check=True,
-        timeout=500,
+        [sys.executable, "-m", "engines", "build", str(student), *options], cwd=ROOT, check=True, timeout=500
     )
-    return folder / "bundle"
+    return out
 
 
 @pytest.fixture
-def server(bundle: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+def server(bundle: Path, video_bundle: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     port = free_port()
     environment = {
         "TDM_PORT": str(port),
         "TDM_METRICS_PORT": "0",
         "TDM_DATA_DIR": str(tmp_path / "data"),
-        "TDM_BUNDLES": str(bundle),
+        "TDM_BUNDLES": f"{bundle},{video_bundle}",
         "TDM_WORKERS": "1",
     }
     with ServerProcess(["server", "up"], port=port, log=tmp_path / "log", environment=environment) as running:
+        poll(lambda: len(models_of(running.base_url)) == 2)  # it is ready as soon as one of them is
         yield running
+
+
+def models_of(base_url: str) -> list[str]:
+    """Models that workers have announced."""
+    return [model["id"] for model in httpx.get(f"{base_url}/v1/models").json()["data"]]
 
 
 def run_smoke(base_url: str) -> subprocess.CompletedProcess[str]:
@@ -129,3 +146,28 @@ def test_largest_difference_finds_one_channel_of_one_pixel() -> None:
     assert bench.largest_difference(ours, theirs) == 0
     theirs[1].putpixel((2, 3), (0, 7, 0))
     assert bench.largest_difference(ours, theirs) == 7
+
+
+def test_start_of_a_worker_is_read_from_what_workers_log(bundle: Path, tmp_path: Path) -> None:
+    found = worker_start.measure(bundle, 2, tmp_path)
+    assert len(found) == 2
+    for ages in (one[kind] for one in found for kind in worker_start.KINDS):
+        assert list(ages) == list(worker_start.PHASES)
+        assert sorted(ages.values()) == list(ages.values())
+        assert min(ages.values()) > 0
+
+
+def test_workers_that_did_not_come_as_far_as_a_job_do_not_count() -> None:
+    def line(message: str, **fields: object) -> dict[str, object]:
+        return {"message": message, **fields}
+
+    lines = [
+        line("loaded", start_s={"imports": 1.0}, cpu_s={"imports": 0.9}),
+        line("loaded", start_s={"imports": 1.5}, cpu_s={"imports": 0.8}),
+        line("ready on eager", worker="a-host-17-abcd"),
+        line("request"),
+        line("first job", start_s={"first_job": 4.0}, cpu_s={"first_job": 2.0}),
+        line("ready on eager", worker="a-host-18-abcd"),
+    ]
+    start = {"start_s": {"imports": 1.5, "first_job": 4.0}, "cpu_s": {"imports": 0.8, "first_job": 2.0}}
+    assert worker_start.starts(lines) == [(17, start)]

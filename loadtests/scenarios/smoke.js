@@ -3,8 +3,9 @@
 //   k6 run -e BASE_URL=http://127.0.0.1:8000 loadtests/scenarios/smoke.js
 import { check, fail, sleep } from "k6";
 import { BASE_URL, call, errorCode } from "../lib/api.js";
+import { isMp4 } from "../lib/mp4.js";
 import { isPng, isPngBase64 } from "../lib/png.js";
-import { refusals } from "../lib/refusals.js";
+import { refusals, videoRefusals } from "../lib/refusals.js";
 
 export const options = {
   scenarios: { smoke: { executor: "per-vu-iterations", vus: 1, iterations: 10, maxDuration: "5m" } },
@@ -15,10 +16,23 @@ export function setup() {
   if (call("GET", "/readyz").status !== 200) {
     fail(`no server is ready at ${BASE_URL}`);
   }
-  return call("GET", "/v1/models").json("data.0");
+  const models = call("GET", "/v1/models").json("data");
+  const ofKind = (kind) => models.find((model) => model.kind === kind) || null;
+  const [image, video] = [ofKind("image"), ofKind("video")];
+  if (image === null) {
+    fail("a model for images is needed");
+  }
+  return { image, video };
 }
 
-export default function smoke(model) {
+export default function smoke({ image, video }) {
+  smokeImages(image);
+  if (video !== null) {
+    smokeVideos(video);
+  }
+}
+
+function smokeImages(model) {
   const [width, height] = model.sizes[0].split("x").map(Number);
   const picture = { prompt: "a red sphere", seed: __ITER, model: model.id };
 
@@ -43,8 +57,31 @@ export default function smoke(model) {
   jobThatOutlastsTheWait(picture, width, height);
   sameKeySameJob(picture);
 
-  for (const { method, path, body, headers, status, code } of refusals(model)) {
-    check(call(method, path, { body, headers, status, name: `${path} (${code})` }), {
+  expectRefusals(refusals(model));
+}
+
+function smokeVideos(model) {
+  const created = call("POST", "/v1/videos", { body: { prompt: "a red ball bouncing", seed: __ITER, model: model.id } });
+  check(created, { "a video is a job": (r) => r.json("object") === "video" && r.json("model") === model.id });
+  const id = created.json("id");
+  const done = poll(`/v1/videos/${id}`, created, "/v1/videos/{id}");
+  check(done, { "the video completes": (r) => r.json("status") === "completed" && r.json("progress") === 100 });
+
+  const path = `/v1/videos/${id}/content`;
+  const content = call("GET", path, { name: "/v1/videos/{id}/content", binary: true });
+  check(content, { "its bytes are an MP4": (r) => r.headers["Content-Type"] === "video/mp4" && isMp4(r.body) });
+  const range = { headers: { Range: "bytes=0-99" }, status: 206, name: "/v1/videos/{id}/content", binary: true };
+  check(call("GET", path, range), { "players can seek": (r) => r.body.byteLength === 100 });
+
+  check(call("GET", "/v1/videos"), { "it is listed": (r) => r.json("data").some((one) => one.id === id) });
+  expectRefusals(videoRefusals(model, id));
+  check(call("DELETE", `/v1/videos/${id}`, { name: "/v1/videos/{id}" }), { "it is deleted": (r) => r.json("deleted") });
+  check(call("GET", "/v1/videos"), { "and listed no more": (r) => r.json("data").every((one) => one.id !== id) });
+}
+
+function expectRefusals(expected) {
+  for (const { method, path, body, headers, status, code, name = path } of expected) {
+    check(call(method, path, { body, headers, status, name: `${name} (${code})` }), {
       "errors have a code, a type and a message": (r) =>
         errorCode(r) === code && r.json("error.type").length > 0 && r.json("error.message").length > 0,
       "errors carry a request id": (r) => r.headers["X-Request-Id"].length > 0,
@@ -52,16 +89,21 @@ export default function smoke(model) {
   }
 }
 
+// The job at `path`, once it is neither queued nor running.
+function poll(path, job, name) {
+  const deadline = Date.now() + 60_000;
+  while (["queued", "in_progress"].includes(job.json("status")) && Date.now() < deadline) {
+    sleep(0.05);
+    job = call("GET", path, { name });
+  }
+  return job;
+}
+
 function jobThatOutlastsTheWait(picture, width, height) {
   const accepted = call("POST", "/v1/images", { body: { ...picture, wait_s: 0 }, status: 202, name: "/v1/images (wait_s=0)" });
   check(accepted, { "a job that is not waited for has a place to ask": (r) => r.headers.Location.endsWith(r.json("id")) });
 
-  let job = accepted;
-  const deadline = Date.now() + 60_000;
-  while (["queued", "in_progress"].includes(job.json("status")) && Date.now() < deadline) {
-    sleep(0.05);
-    job = call("GET", `/v1/images/${accepted.json("id")}`, { name: "/v1/images/{id}" });
-  }
+  const job = poll(`/v1/images/${accepted.json("id")}`, accepted, "/v1/images/{id}");
   check(job, { "it completes": (r) => r.json("status") === "completed" && r.json("progress") === 100 });
 
   const content = call("GET", `/v1/images/${accepted.json("id")}/content`, { name: "/v1/images/{id}/content", binary: true });
