@@ -25,7 +25,7 @@ dev: $(DEV)  ## install what training, tests and lint need into .venv
 
 test: $(DEV)  ## run the tests
 	@bash .ci/system-packages
-	$(BIN)/python -m pytest $(ARGS)
+	@bash .ci/tests $(BIN)/python $(ARGS)
 
 lint: $(DEV)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -2,11 +2,26 @@
 
 import importlib.util
 import os
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
+
+from tests.reaper import start_reaper
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let no process outlive the run. Those of xdist belong to it, too, and share its reaper.
+
+    And let SIGINT mean something to all of them: a script that starts the run in its background has it
+    ignored, and what is ignored is inherited.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):
+        start_reaper()
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from server.launch import shipped_students
 from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,12 +84,34 @@ def test_containers_set_only_settings_that_exist(compose: dict[str, Any]) -> Non
 def test_prometheus_scrapes_the_ports_that_serve_metrics(compose: dict[str, Any]) -> None:
     config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8"))
     scraped = {
-        target["names"][0]: target["port"]
+        name: target["port"]
         for job in config["scrape_configs"]
         for target in job["dns_sd_configs"]
+        for name in target["names"]
     }
     metrics_port = int(compose["services"]["api"]["environment"]["TDM_METRICS_PORT"])
-    assert scraped == {"api": metrics_port, "worker": metrics_port + 1}
+    assert scraped == {
+        name: metrics_port + (name != "api")
+        for name, service in compose["services"].items()
+        if service.get("build", {}).get("target") in ("api", "worker")
+    }
+
+
+def test_every_shipped_student_is_built_and_served(compose: dict[str, Any]) -> None:
+    services = compose["services"].values()
+    shipped = {str(student.relative_to(ROOT)) for student in shipped_students()}
+    built = {
+        service["command"][1]: service["command"][3]
+        for service in services
+        if "build" in service.get("command", ())
+    }
+    assert built.keys() == shipped
+    served = {
+        service["environment"]["TDM_BUNDLES"]
+        for service in services
+        if "TDM_BUNDLES" in service.get("environment", {})
+    }
+    assert served == set(built.values())
 
 
 def test_api_image_copies_all_that_the_api_imports(tmp_path: Path) -> None:

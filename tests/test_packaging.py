@@ -13,7 +13,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # CUDA builds of several gigabytes, installed by people who have the GPU for them.
-UNPINNED_EXTRAS = {"tensorrt"}
+UNPINNED_EXTRAS = {"tensorrt", "torch-tensorrt"}
 
 
 def pins() -> dict[str, Version]:

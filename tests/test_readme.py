@@ -185,7 +185,10 @@ def test_make_test_runs_the_whole_suite(checkout: Path, user_environment: dict[s
     assert "make test" in README
     planned = output("make", "--dry-run", "test", cwd=checkout, env=user_environment)
     lines = planned.splitlines()
-    assert lines[-1].strip() == ".venv/bin/python -m pytest"
+    assert lines[-1].strip() == "bash .ci/tests .venv/bin/python"
+    first_run, *_ = re.findall(r"-m pytest (.*)", (checkout / ".ci/tests").read_text(encoding="utf-8"))
+    # One process per core, and nothing chosen: no path, no marker, no expression but the caller's own.
+    assert first_run == '--numprocesses logical --maxprocesses 4 --dist loadfile "$@" || status=$?'
     installs = [line for line in lines if "pip install" in line]
     assert installs
     assert all("--constraint constraints.txt" in line for line in installs)
@@ -220,6 +223,7 @@ def test_settings_table_says_what_the_settings_are() -> None:
         values = re.findall(r"`(.*?)`", defaults) or [""]
         for field, value in zip(fields, values, strict=True):
             default = Settings.model_fields[field].default
+            default = "" if default is None else default
             assert value.removeprefix("./") == str(default), f"{field}: README {value!r}, code {default!r}"
 
 
