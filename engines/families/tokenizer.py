@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from engines.errors import CheckpointError
@@ -93,6 +93,12 @@ class PromptTokenizers:
                 inputs["mask"] = mask
         return inputs
 
+    def unheard(self, prompt: str) -> list[str]:
+        """What of a prompt the text encoders will not hear, in words for its author; empty for nothing."""
+        if self._rules.cleaned:
+            prompt = clean_prompt(prompt)
+        return list(dict.fromkeys(one for tokenizer in self._tokenizers for one in tokenizer.unheard(prompt)))
+
 
 class PromptTokenizer:
     """Pads and truncates every prompt to one length, as diffusers pipelines do.
@@ -115,10 +121,11 @@ class PromptTokenizer:
             self._tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # noqa: BLE001  (the library raises bare Exception)
             raise CheckpointError(f"{directory.name}/{TOKENIZER_FILE}: {error}") from None
-        pad_token = _pad_token(directory)
+        pad_token = _special_token(directory, "pad_token", "<pad>")
         pad_id = self._tokenizer.token_to_id(pad_token)
         if pad_id is None:
             raise CheckpointError(f"{directory.name}/{TOKENIZER_FILE}: no padding token {pad_token!r} in it")
+        self._unknown_id = self._tokenizer.token_to_id(_special_token(directory, "unk_token", "<unk>"))
         self._tokenizer.enable_truncation(max_tokens)
         self._tokenizer.enable_padding(length=max_tokens, pad_id=pad_id, pad_token=pad_token)
 
@@ -133,9 +140,33 @@ class PromptTokenizer:
         mask = torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.int64)
         return input_ids, mask
 
+    def unheard(self, prompt: str) -> list[str]:
+        """Words that are no token of their own, and what lies beyond the last token, each as one sentence."""
+        encoding = self._tokenizer.encode(prompt)
+        found = []
+        unknown = [prompt[start:end] for start, end in self._places(encoding, self._unknown_id)]
+        words = dict.fromkeys(word for word in unknown if any(letter.isalnum() for letter in word))
+        if words:
+            found.append("the model does not know: " + ", ".join(words))
+        cut = [start for rest in encoding.overflowing for start, _ in self._places(rest)]
+        if cut:
+            num_heard = sum(1 for _ in self._places(encoding))
+            found.append(
+                f"the model reads {num_heard} tokens of this prompt and not the rest: {prompt[min(cut) :]}"
+            )
+        return found
 
-def _pad_token(directory: Path) -> str:
-    token = read_json(directory / "tokenizer_config.json").get("pad_token", "<pad>")
+    @staticmethod
+    def _places(encoding: Encoding, wanted: int | None = None) -> Iterator[tuple[int, int]]:
+        """Start and end in the text of each token, or of each that has the id `wanted`."""
+        marks = zip(encoding.ids, encoding.offsets, encoding.special_tokens_mask, strict=True)
+        for token, place, special in marks:
+            if not special and (wanted is None or token == wanted):
+                yield place
+
+
+def _special_token(directory: Path, name: str, default: str) -> str:
+    token = read_json(directory / "tokenizer_config.json").get(name) or default
     return str(token["content"] if isinstance(token, dict) else token)
 
 

@@ -250,6 +250,10 @@ class Pipeline:
             self.step(run)
         return self.decode(run)
 
+    def unheard(self, prompt: str) -> list[str]:
+        """What of a prompt its text encoders will not hear, in words for its author. Any thread may ask."""
+        return self._tokenizers.unheard(prompt)
+
     def prepare(self, samples: Sequence[Sample]) -> BatchRun:
         """Encode the prompts and draw the noise of a batch.
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from engines.compile.build import BuildSettings, build_bundle, num_pieces
 from engines.compile.progress import BuildProgress
 from tests.engines.tiny import make_tiny_checkpoint
+from tests.shared import once_per_run
 
 BATCH_SIZES = (1, 2, 4)
 
@@ -50,7 +51,11 @@ def eager_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def compiled_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its bundle compiled for this machine, the one real compilation of the test run; do not write to it."""
-    settings = build_settings(tiny_student, tmp_path_factory.mktemp("compiled") / "bundle")
-    return build(replace(settings, backends=("aotinductor",)))
+def compiled_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of such a student compiled for this machine, once for the whole run; do not write to it."""
+
+    def make(folder: Path) -> None:
+        settings = build_settings(make_tiny_checkpoint(folder / "student"), folder / "bundle")
+        build(replace(settings, backends=("aotinductor",)))
+
+    return once_per_run(tmp_path_factory, "compiled", make) / "bundle"

@@ -510,7 +510,15 @@ def test_parity_of_a_stage_with_itself_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("factor", "message"), [(-2.0, "cosine -1.00000"), (float("nan"), "not finite"), (0.0, "cosine 0.0")]
+    ("factor", "message"),
+    [
+        (-2.0, "cosine -1.00000"),
+        (float("nan"), "not finite"),
+        (0.0, "cosine 0.0"),
+        (200.0, r"9.9e\+03 % too large or too small"),  # what the cosine does not see
+        (2.02, "1 % too large or too small"),
+        (1.98, "1 % too large or too small"),
+    ],
 )
 def test_stage_that_disagrees_is_refused(factor: float, message: str) -> None:
     with pytest.raises(ParityError, match=f"stage denoise, batch 2, .*{message}"):

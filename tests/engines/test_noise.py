@@ -19,6 +19,21 @@ def test_different_seeds_give_different_unit_variance_noise() -> None:
     assert abs((latents[0] * latents[1]).mean().item()) < 0.2
 
 
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_high_bits_of_a_seed_count(seed: int) -> None:
+    seeds = [seed, seed + 2**32, seed + 2**33, seed + 2**62, seed * 2**31, (seed << 32) % 2**63]
+    latents = seeded_latents(list(dict.fromkeys(seeds)), (16, 32, 32)).flatten(1)
+    correlation = torch.corrcoef(latents) - torch.eye(len(latents))
+    assert correlation[1:].abs().max() < 0.7  # those that share a half have 0.6 in common
+    assert len(torch.unique(latents, dim=0)) == len(latents)
+    assert (latents.var(dim=1) - 1.0).abs().max() < 0.05
+
+
+def test_swapped_halves_of_a_seed_are_another_seed() -> None:
+    one, other = seeded_latents([(5 << 32) + 9, (9 << 32) + 5], SHAPE)
+    assert not torch.allclose(one, other)
+
+
 def test_noise_is_what_diffusers_would_start_from() -> None:
     from diffusers.utils.torch_utils import randn_tensor
 

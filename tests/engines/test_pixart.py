@@ -25,7 +25,13 @@ from engines.families.pixart import (
 from engines.families.student import read_student
 from engines.families.tokenizer import PromptTokenizer, PromptTokenizers
 from engines.families.weights import load_weights
-from tests.engines.tiny import MAX_TEXT_TOKENS, make_tiny_checkpoint, make_tokenizer
+from tests.engines.tiny import (
+    CLIP_TEXT_TOKENS,
+    MAX_TEXT_TOKENS,
+    make_tiny_checkpoint,
+    make_tiny_sdxl,
+    make_tokenizer,
+)
 
 # What tells the published PixArt-alpha-1024 from the demo, at a size that tests can afford.
 REAL_PIXART = {
@@ -336,3 +342,31 @@ def test_tokenizer_without_its_file_is_refused(student: Path) -> None:
     (student / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer/tokenizer\.json: file is missing"):
         PromptTokenizer(student / "tokenizer", MAX_TEXT_TOKENS)
+
+
+CUT = "the model reads 19 tokens of this prompt and not the rest: "
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unheard"),
+    [
+        ("a red sphere", []),
+        ("", []),
+        (" A RED, round!! Sphere on a zebra and a Zebra ", ["the model does not know: round, zebra"]),
+        (
+            "a red cube and a zebra " * 5 + "behind a blue cone",
+            [
+                "the model does not know: zebra",
+                CUT + "red cube and a zebra a red cube and a zebra behind a blue cone",
+            ],
+        ),
+    ],
+)
+def test_what_of_a_prompt_is_not_heard_is_said(student: Path, prompt: str, unheard: list[str]) -> None:
+    assert PromptTokenizers("pixart", student, MAX_TEXT_TOKENS).unheard(prompt) == unheard
+
+
+def test_both_tokenizers_of_a_family_say_it_once(tmp_path: Path) -> None:
+    student = make_tiny_sdxl(tmp_path / "sdxl")
+    (said,) = PromptTokenizers("sdxl", student, CLIP_TEXT_TOKENS).unheard("x" * 20 + "YZ")
+    assert said == CUT.replace("19", "14") + "xxxxxxYZ"
