@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import resource
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -151,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = Settings()
         if args.command in ROLES:
+            _raise_descriptor_limit()
             return ROLES[args.command](settings)
         return _run_command(settings, args)
     except ValidationError as error:
@@ -162,6 +165,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
     return EXIT_USAGE
+
+
+def _raise_descriptor_limit() -> None:
+    """Take as many open files as we may: every client is one, and shells often give 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # a system that allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _run_command(settings: Settings, args: argparse.Namespace) -> int:

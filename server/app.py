@@ -30,8 +30,9 @@ from server.errors import (
     RouteNotFoundError,
     UnknownParameterError,
 )
+from server.http import HttpConnection
 from server.job import Job
-from server.metrics import Metrics, MetricsServer
+from server.metrics import Metrics, start_metrics_server
 from server.middleware import BodyLimit, RequestContext, error_response
 from server.queue.connection import system_now_ms
 from server.queue.errors import QueueError
@@ -88,6 +89,7 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
         finally:
             closing.set()
             await gauges
+            await services.catalog.close()
             await queue.close()
 
     app = FastAPI(
@@ -112,12 +114,12 @@ def serve(settings: Settings) -> int:
 
     Raises:
         ValueError: `redis_url` is empty.
-        OSError: a port is in use.
+        OSError: the port is in use.
     """
     if not settings.redis_url:
         raise ValueError("TDM_REDIS_URL is empty; only `python -m server up` starts a Valkey of its own")
     metrics = Metrics()
-    scrape = MetricsServer(metrics, settings.host, settings.metrics_port) if settings.metrics_port else None
+    scrape = start_metrics_server(metrics, settings.host, settings.metrics_port)
     try:
         _ApiServer(create_app(settings, metrics=metrics)).run(sockets=[_listener(settings)])
     finally:
@@ -134,6 +136,8 @@ class _ApiServer(uvicorn.Server):
             uvicorn.Config(
                 self._respond,
                 interface="asgi3",  # uvicorn does not recognise a bound method as what it is
+                http=HttpConnection,
+                ws="none",  # nothing here is a WebSocket: who offers one gets a plain answer
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -196,16 +200,19 @@ async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
     metrics = services.metrics
     while not closing.is_set():
         try:
-            models = await services.catalog.models()
+            models = await services.catalog.models(max_age_s=0.0)
             metrics.version_workers.clear()  # versions come and go
             for name, model in models.items():
                 for priority, waiting in model.stats.waiting.items():
                     metrics.queue_waiting.labels(name, priority).set(waiting)
                 metrics.queue_inflight.labels(name).set(model.stats.running)
                 metrics.queue_oldest_age.labels(name).set(model.stats.oldest_age_ms / 1000)
+                metrics.jobs_kept.labels(name).set(model.stats.kept)
+                metrics.jobs_forgotten.labels(name).set(model.stats.forgotten)
                 metrics.workers_live.labels(name).set(len(model.stats.workers))
                 for worker in model.stats.workers:
                     metrics.version_workers.labels(name, worker.version).inc()
+            metrics.redis_memory_use.set(await services.queue.memory_use())
         except QueueError:
             metrics.redis_errors.labels("stats").inc()
         with suppress(TimeoutError):

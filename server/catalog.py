@@ -7,6 +7,7 @@ after that.
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -20,11 +21,16 @@ from engines.bucket import Bucket
 from engines.bundle import Backend, Manifest
 from server.admission import Load
 from server.errors import ModelNotFoundError, NoWorkerError, WrongKindError
+from server.queue.errors import QueueError
 from server.queue.queue import JobQueue
 from server.queue.records import QueueStats
 from server.queue.routes import common_ground
 
 MAX_AGE_S = 0.5
+PATIENCE_S = 0.5
+"""How long a request waits for a fresh catalogue when there is an older one."""
+FAILURE_AGE_S = 1.0
+"""How long a failed read is remembered, so that nobody waits for the next one."""
 UNMEASURED_MS = 1000.0
 """Taken for a batch of a bundle that was never measured."""
 
@@ -84,7 +90,8 @@ class Catalog:
     """Reads models and their load from the queue; what it read stays good for `MAX_AGE_S`.
 
     So a flood of requests that will be refused costs Redis nothing. The caps that must hold exactly are kept
-    by the enqueue script itself.
+    by the enqueue script itself. While Redis does not answer, what was read last serves on: which models
+    there are hardly ever changes, and the request will be refused anyway.
     """
 
     def __init__(self, queue: JobQueue, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -92,15 +99,57 @@ class Catalog:
         self._clock = clock
         self._models: dict[str, ServedModel] = {}
         self._read_at = -float("inf")
-        self._reading = asyncio.Lock()
+        self._failed_at = -float("inf")
+        self._reading: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """Stop reading."""
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
 
     async def models(self, *, max_age_s: float = MAX_AGE_S) -> dict[str, ServedModel]:
-        """Every known model by its name."""
-        async with self._reading:
-            if self._clock() - self._read_at > max_age_s:
-                self._models = await self._read()
-                self._read_at = self._clock()
+        """Every known model by its name.
+
+        Args:
+            max_age_s: older than this is read anew; 0 takes nothing else, not even while Redis is away.
+
+        Raises:
+            QueueError: Redis does not answer, and nothing that was read before will do.
+        """
+        if self._clock() - self._read_at <= max_age_s:
+            return self._models
+        if max_age_s <= 0:
+            if self._is_reading:  # began before we asked, and may have missed what we came for
+                await self._read_once()
+            await self._read_once()
+        elif not self._models:
+            await self._read_once()
+        elif self._clock() - self._failed_at > FAILURE_AGE_S:
+            with suppress(QueueError, TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):
+                    await self._read_once()
         return self._models
+
+    @property
+    def _is_reading(self) -> bool:
+        return self._reading is not None and not self._reading.done()
+
+    async def _read_once(self) -> None:
+        """One read for all who ask meanwhile; it goes on when they leave."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._refresh(), name="catalog")
+            # its error is for those who wait for it, if any
+            self._reading.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(self._reading)
+
+    async def _refresh(self) -> None:
+        try:
+            self._models = await self._read()
+        except QueueError:
+            self._failed_at = self._clock()
+            raise
+        self._read_at = self._clock()
 
     async def find(self, name: str | None, *, kind: str) -> ServedModel:
         """The model called `name`, or without a name the first one of this kind, live ones first.
@@ -157,11 +206,31 @@ class Catalog:
 
 
 def _parse_manifest(name: str, announced: Mapping[str, Any]) -> Manifest | None:
+    """What a worker announced. Fields that it does not know are no reason for an api process to drop a model:
+    while a new version is rolled out, its workers may come before its apis.
+    """
     try:
-        return Manifest.model_validate(announced)
+        return Manifest.model_validate(_without_unknown(announced))
     except ValidationError as error:
-        # A worker of another version: what it serves cannot be asked for through this process.
+        # What it serves cannot be asked for through this process.
         logger.warning(
             "manifest not understood: %s", error.errors(include_input=False)[0]["loc"], extra={"model": name}
         )
         return None
+
+
+def _without_unknown(announced: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The manifest without the fields, at any depth, that `Manifest` does not know and so forbids."""
+    try:
+        Manifest.model_validate(announced)
+    except ValidationError as error:
+        unknown = [problem["loc"] for problem in error.errors() if problem["type"] == "extra_forbidden"]
+    else:
+        return announced
+    known: dict[str, Any] = copy.deepcopy(dict(announced))
+    for *path, field in unknown:
+        place: Any = known
+        for step in path:
+            place = place[step]
+        del place[field]
+    return known

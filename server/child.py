@@ -18,6 +18,7 @@ EXIT_USAGE = 2
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
 HEALTHY_AFTER_S = 60.0
+"""A life this long was no failure to start; nor one of ten times the longest backoff, if that is less."""
 
 
 class Child:
@@ -35,6 +36,8 @@ class Child:
         *,
         pass_fds: Sequence[int] = (),
         report: Callable[[str], None],
+        first_backoff_s: float = FIRST_BACKOFF_S,
+        max_backoff_s: float = MAX_BACKOFF_S,
     ) -> None:
         """Nothing runs before `keep_running`.
 
@@ -44,6 +47,8 @@ class Child:
             env: the child's whole environment.
             pass_fds: file descriptors that it inherits.
             report: takes one line for the operator.
+            first_backoff_s: until it is started again, doubled with each time that it lives for a short while
+                only, up to `max_backoff_s`.
         """
         self.name = name
         self._command = command
@@ -52,15 +57,19 @@ class Child:
         self._report = report
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
+        self._first_backoff_s = first_backoff_s
+        self._max_backoff_s = max_backoff_s
         self.on_trial = False
+        self.proven = False
         self.end = ""
 
     async def keep_running(self) -> None:
         """Run the process, again and again; returns after `stop`, or when starting it again is no use.
 
-        While it is `on_trial`, its first end is its last; how it ended is in `end`.
+        While it is `on_trial`, its first end is its last; how it ended is in `end`. Once it is `proven`,
+        because it has served, it is started again whatever its status: what keeps it from starting may pass.
         """
-        backoff_s = FIRST_BACKOFF_S
+        backoff_s = self._first_backoff_s
         while True:
             started = time.monotonic()
             status = await self.run_once()
@@ -70,16 +79,16 @@ class Child:
             if self.on_trial:
                 self._report(self.end)
                 return
-            if status == EXIT_USAGE:
+            if status == EXIT_USAGE and not self.proven:
                 self._report(f"{self.name} cannot run as it is set up (its message is above)")
                 return
-            if time.monotonic() - started > HEALTHY_AFTER_S:
-                backoff_s = FIRST_BACKOFF_S
+            if time.monotonic() - started > min(HEALTHY_AFTER_S, 10 * self._max_backoff_s):
+                backoff_s = self._first_backoff_s
             self._report(f"{self.name} {describe_exit(status)}; starting it again in {backoff_s:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff_s)
                 return
-            backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+            backoff_s = min(2 * backoff_s, self._max_backoff_s)
 
     async def run_once(self) -> int:
         """Run the process to its end, and end what it leaves behind in its process group.

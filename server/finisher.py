@@ -6,7 +6,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -39,6 +39,7 @@ class Finisher:
         metrics: Metrics,
         *,
         version: str,
+        unheard: Callable[[str], Sequence[str]] = lambda _: (),
         store_patience_s: float,
         num_threads: int = 2,
         max_pending: int = 64,
@@ -52,6 +53,7 @@ class Finisher:
             heartbeat: keeps the lease until then.
             metrics: of this process.
             version: content hash of the bundle, for provenance.
+            unheard: what of a prompt the model does not hear, in words for whoever asked.
             store_patience_s: how long a job's files that cannot be stored are tried again.
             num_threads: jobs finished at once.
             max_pending: pixels of how many jobs may wait in memory.
@@ -62,6 +64,7 @@ class Finisher:
         self._heartbeat = heartbeat
         self._metrics = metrics
         self._version = version
+        self._unheard = unheard
         self._store_patience_s = store_patience_s
         self._clock = clock
         self._pool = ThreadPoolExecutor(num_threads, "finish")
@@ -127,7 +130,8 @@ class Finisher:
             self._fail(work, error, JobStatus.FAILED)
             return
         work.timing_ms["store"] = (time.perf_counter() - start) * 1000
-        settled = self._patiently(lambda: self._queue.complete(work.job, outputs, work.timing_ms))
+        warnings = self._unheard(work.spec.prompt)
+        settled = self._patiently(lambda: self._queue.complete(work.job, outputs, work.timing_ms, warnings))
         if settled is Settled.OK:
             self._count_end(work, "done")
             self._count_outputs(outputs)

@@ -71,13 +71,22 @@ class Crew:
     @property
     def lost(self) -> str:
         """How a worker ended that will not be started again; "" while there is none."""
+        return next(iter(self._ends()), "")
+
+    @property
+    def num_left(self) -> int:
+        """Workers that run, or will run again."""
+        return 0 if self.leaving is not None else len(self.workers) - len(self._ends())
+
+    def _ends(self) -> list[str]:
         if self.leaving is not None:
-            return ""
+            return []
+        ends = []
         for worker, task in zip(self.workers.values(), self._running, strict=True):
             if task.done():
                 error = task.exception()
-                return worker.end if error is None else f"{worker.name} could not be started: {error}"
-        return ""
+                ends.append(worker.end if error is None else f"{worker.name} could not be started: {error}")
+        return ends
 
     @property
     def pids(self) -> set[int]:
@@ -125,6 +134,7 @@ class Fleet:
         self._crews: dict[str, dict[str, Crew]] = {model: {} for model in posts}
         self._known: dict[str, Route] = {}
         self._strange: dict[str, str] = {}
+        self._told_lost: dict[str, int] = {}
         self._next_word = 0.0
         self._silent = False
 
@@ -155,8 +165,8 @@ class Fleet:
             self._begin(model, route.base, self._bundles(model, route))
 
     async def run(self) -> None:
-        """Keep what runs in line with the routes; returns when a worker of a base is lost for good."""
-        while not any(self._crews[model][route.base].lost for model, route in self._known.items()):
+        """Keep what runs in line with the routes; returns when no worker of any base is left."""
+        while self._is_anything_left():
             try:
                 await self._say_that_we_live()
                 for model in self._posts:
@@ -167,6 +177,23 @@ class Fleet:
                     self._report(f"versions are left as they are while Redis is away: {error}")
                 self._silent = True
             await asyncio.sleep(TICK_S)
+
+    @property
+    def num_left(self) -> int:
+        """Workers that run, or will run again."""
+        return sum(crew.num_left for crews in self._crews.values() for crew in crews.values())
+
+    def _is_anything_left(self) -> bool:
+        """Whether any model is still served. One that cannot be is told of, and takes no other with it."""
+        bases = {model: self._crews[model][route.base] for model, route in self._known.items()}
+        if not any(crew.num_left or crew.leaving for crew in bases.values()):
+            return False
+        for model, crew in bases.items():
+            if crew.lost and self._told_lost.get(model) != crew.num_left:
+                self._told_lost[model] = crew.num_left
+                left = f"workers left: {crew.num_left}" if crew.num_left else "it is not served"
+                self._report(f"{model}: {crew.lost}; {left}")
+        return True
 
     async def end(self) -> None:
         """End every worker."""

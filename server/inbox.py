@@ -20,6 +20,7 @@ from server.job import Job, JobError
 from server.metrics import Metrics
 from server.queue.errors import QueueError
 from server.queue.leases import Lease, WorkerQueue
+from server.queue.records import UnreadableJobError
 from server.work import Drawing, SampleSpec, Work
 
 log = logging.getLogger(__name__)
@@ -253,6 +254,9 @@ class Inbox:
             if job is None:
                 self._drop(lease, "unknown job")
                 continue
+            if isinstance(job, UnreadableJobError):
+                self._drop(lease, str(job))
+                continue
             try:
                 spec = SampleSpec.of(job)
             except (KeyError, TypeError, ValueError) as error:
@@ -266,9 +270,7 @@ class Inbox:
         self._backlog = int(max(0, waiting - unstarted) * self._rows_per_job)
 
     def _drop(self, lease: Lease, why: str) -> None:
-        """Get rid of a lease without an engine: `start` drops unknown jobs, the others fail."""
+        """Get rid of a lease without an engine: unknown jobs are dropped, the others fail."""
         log.error("job dropped: %s", why, extra={"job_id": lease.job_id})
-        (started,) = self._queue.start([lease])
-        if started.job is not None:
-            self._queue.fail(started.job, JobError(code="invalid_request", message=why), {})
+        self._queue.refuse(lease, JobError(code="invalid_request", message=why))
         self._heartbeat.release([lease])

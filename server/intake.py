@@ -36,6 +36,9 @@ from server.views import seconds_of
 MAX_RANDOM_SEED = 2**32
 """Random seeds stay below this: JavaScript clients read integers beyond 2**53 wrongly."""
 
+MEMORY_RETRY_MS = 5_000.0
+"""A full Redis gets room when jobs end, or when somebody gives it more: not at once."""
+
 DEFAULT_FPS = 8
 """Of a video bundle that does not say."""
 LENGTH_TOLERANCE = 0.01
@@ -314,7 +317,10 @@ def _enqueue_error(
     if status is EnqueueStatus.TENANT_FULL:
         return TenantFullError("you have as many jobs in flight as you may", retry_after_ms=retry_after_ms)
     if status is EnqueueStatus.MEMORY:
-        return OverloadedError("the queue is out of memory; try again later", retry_after_ms=retry_after_ms)
+        return OverloadedError(
+            "the queue's memory is full, and nothing in it is finished; try again later",
+            retry_after_ms=max(MEMORY_RETRY_MS, retry_after_ms),
+        )
     return QueueFullError(
         f"{services.settings.max_queue} jobs wait for {model.name}, which is all that may; try again later",
         retry_after_ms=retry_after_ms,

@@ -86,6 +86,7 @@ class Job:
         deadline_ms: unix ms after which it is failed with code `deadline` instead of started.
         progress: 0..100, denoising steps done.
         timing: ms by stage: queue, batch_wait, encode, denoise, decode, pack, store.
+        warnings: what its result does not show of what was asked, and why.
         worker: consumer name of the last worker that started it.
         version: of the bundle that runs it, or is to run it again; once it is done, of the one that drew it.
         deleted_ms: when the client had its results deleted; they count as gone from then on.
@@ -108,6 +109,7 @@ class Job:
     outputs: tuple[OutputRef, ...] = ()
     error: JobError | None = None
     timing: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     worker: str | None = None
     version: str | None = None
     traceparent: str | None = None

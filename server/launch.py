@@ -21,7 +21,7 @@ from typing import Any, TextIO, TypeVar
 
 from engines.bundle import Manifest, list_gpus, read_manifest
 from engines.errors import EngineError
-from server.child import EXIT_USAGE, Child
+from server.child import EXIT_USAGE, FIRST_BACKOFF_S, Child
 from server.fleet import Fleet, Post
 from server.queue.embedded import EmbeddedValkey, EmbeddedValkeyError
 from server.queue.errors import QueueError
@@ -33,7 +33,10 @@ MAX_CPU_WORKERS = 4
 KINDS = ("image", "video")
 BACKLOG = 2048
 API_GRACE_S = 10.0
+API_FIRST_BACKOFF_S = 0.1
+API_MAX_BACKOFF_S = 5.0
 VALKEY_CHECK_S = 1.0
+VALKEY_MAX_BACKOFF_S = 5.0
 READY_CHECK_S = 0.25
 READY_REMINDER_S = 15.0
 
@@ -93,7 +96,7 @@ async def _supervise(settings: Settings, listener: socket.socket) -> int:
         except QueueError as error:
             raise LaunchError(f"Redis: {error}", EXIT_FAILURE) from error
         tending = asyncio.create_task(fleet.run())
-        announcing = asyncio.create_task(announce(listener, num_workers=len(fleet.workers)))
+        announcing = asyncio.create_task(_announce(listener, api, fleet))
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({stopped, serving, tending}, return_when=asyncio.FIRST_COMPLETED)
         for task in (announcing, stopped, tending):
@@ -189,22 +192,29 @@ def find_bundles(paths: Sequence[Path]) -> list[Path]:
 
 
 def plan_posts(settings: Settings, bundles: Sequence[Path]) -> dict[str, Post]:
-    """What each model is served with: a bundle for each of its workers.
+    """What each model is served with: a bundle for each of its workers. One whose manifest cannot be read is
+    told of, and keeps no other from being served.
 
     Raises:
-        LaunchError: a bundle's manifest cannot be read, or two different bundles have one name.
+        LaunchError: no bundle's manifest can be read, or two different bundles have one name.
     """
     gpus = visible_gpus(settings)
     manifests: dict[Path, Manifest] = {}
     known: dict[str, Manifest] = {}
+    unreadable: list[str] = []
     for bundle in bundles:
         try:
             manifests[bundle] = manifest = read_manifest(bundle)
         except EngineError as error:
-            raise LaunchError(f"{bundle}: {error} (TDM_BUNDLES)") from error
+            unreadable.append(f"{bundle}: {error} (TDM_BUNDLES)")
+            continue
         # The name is the queue class: a job would be drawn by whichever of the two is free.
         if known.setdefault(manifest.name, manifest).version != manifest.version:
             raise LaunchError(f"{bundle}: another bundle is called {manifest.name!r}, too (TDM_BUNDLES)")
+    if not manifests and unreadable:
+        raise LaunchError(unreadable[0])
+    for problem in unreadable:
+        say(f"error: {problem}; it is not served", file=sys.stderr)
     kinds: dict[str, dict[Path, str]] = {"cpu": {}, "cuda": {}}
     for bundle, manifest in manifests.items():
         # without a GPU such a bundle is served by the CPU, and says so
@@ -237,6 +247,8 @@ def plan_api(settings: Settings, redis_url: str, listener: socket.socket) -> Chi
         ),
         pass_fds=[listener.fileno()],
         report=say,
+        first_backoff_s=API_FIRST_BACKOFF_S,  # its clients wait
+        max_backoff_s=API_MAX_BACKOFF_S,
     )
 
 
@@ -313,8 +325,8 @@ async def _redis(settings: Settings) -> AsyncIterator[str]:
     if settings.redis_url:
         yield settings.redis_url
         return
-    valkey = EmbeddedValkey(settings.data_dir)
-    url = valkey.start()
+    valkey = EmbeddedValkey(settings.data_dir, maxmemory=settings.valkey_memory)
+    url = await valkey.start_beside()
     watching = asyncio.create_task(_keep_alive(valkey))
     try:
         yield url
@@ -326,20 +338,39 @@ async def _redis(settings: Settings) -> AsyncIterator[str]:
 async def _keep_alive(valkey: EmbeddedValkey) -> None:
     """Start the Valkey again when it died, or when the `up` that ran it for us as well has ended.
 
-    Its append-only file still has every accepted job. `start` runs on this thread on purpose: the kernel ends
-    the server with the thread that started it.
+    Its append-only file still has every accepted job. It is tried for as long as this lasts: what keeps it
+    from starting (a full disk, a volume that is away) may pass.
     """
     while True:
         await asyncio.sleep(VALKEY_CHECK_S)
-        if valkey.lost:
-            say("valkey died; starting it again" if valkey.owned else "valkey does not answer; taking over")
+        if not valkey.lost:
+            continue
+        say("valkey died; starting it again" if valkey.owned else "valkey does not answer; taking over")
+        backoff_s, said = FIRST_BACKOFF_S, ""
+        while True:
             try:
-                valkey.start()
+                await valkey.start_beside()
+                break
             except EmbeddedValkeyError as error:
-                say(f"valkey: {error}", file=sys.stderr)
+                if str(error) != said:
+                    say(f"valkey: {error}", file=sys.stderr)
+                said = str(error)
+                say(f"valkey does not start; trying again in {backoff_s:g} s")
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, VALKEY_MAX_BACKOFF_S)
+        say("valkey is back")
 
 
-async def announce(listener: socket.socket, *, num_workers: int) -> None:
+async def _announce(listener: socket.socket, api: Child, fleet: Fleet) -> None:
+    """Say that the system is ready once it is. What serves then is set up well, and is started again whatever
+    becomes of it.
+    """
+    await announce(listener, num_workers=lambda: fleet.num_left)
+    for child in [api, *fleet.workers]:
+        child.proven = True
+
+
+async def announce(listener: socket.socket, *, num_workers: Callable[[], int]) -> None:
     """Print the one line that people and scripts wait for, once `num_workers` workers are up."""
     waited_s = 0.0
     reminder_s = READY_REMINDER_S
@@ -347,10 +378,10 @@ async def announce(listener: socket.socket, *, num_workers: int) -> None:
         readiness = await fetch_readiness(listener)
         models = readiness.get("models", {})
         live = sum(model["workers"] for model in models.values())
-        if live >= num_workers:
+        if live >= num_workers() > 0:
             break
         if waited_s >= reminder_s:
-            say(f"waiting: {live} of {num_workers} workers are up")
+            say(f"waiting: {live} of {num_workers()} workers are up")
             reminder_s += READY_REMINDER_S
         await asyncio.sleep(READY_CHECK_S)
         waited_s += READY_CHECK_S
@@ -422,7 +453,15 @@ async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> 
 
 
 def say(line: str, *, file: TextIO | None = None) -> None:
-    """Print one line for the operator."""
+    """Print one line for the operator. That nobody can read it (its reader has gone, the disk is full) is no
+    reason for anything to end.
+    """
     out = file or sys.stdout
-    out.write(line + "\n")
-    out.flush()
+    try:
+        out.write(line + "\n")
+        out.flush()
+    except BrokenPipeError:  # for good: what is still in the buffer must not make trouble at the exit
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as devnull:  # noqa: PTH123
+            os.dup2(devnull.fileno(), out.fileno())
+    except (OSError, ValueError):
+        pass

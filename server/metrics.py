@@ -8,6 +8,8 @@ Prometheus wants; methods take milliseconds, as we count.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 
 from prometheus_client import (
@@ -23,6 +25,8 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 PREFIX = "tdm"
+
+logger = logging.getLogger(__name__)
 
 # Images answer in fractions of a second, videos in minutes: one ladder holds both, and every SLO sits on an
 # edge.
@@ -73,6 +77,14 @@ class Metrics:
         self.workers_live = gauge("workers_live", "Workers with a fresh heartbeat.", "class")
         self.version_workers = gauge(
             "version_workers", "The same by version of the bundle.", "class", "version"
+        )
+
+        self.jobs_kept = gauge("jobs_kept", "Finished jobs that can be asked for.", "class")
+        self.jobs_forgotten = gauge(
+            "jobs_forgotten", "Finished jobs forgotten before their time for want of memory, ever.", "class"
+        )
+        self.redis_memory_use = gauge(
+            "redis_memory_use_ratio", "Redis's memory of its limit; from 0.8 on finished jobs are forgotten."
         )
 
         # Jobs, whoever ends them
@@ -193,3 +205,15 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def start_metrics_server(metrics: Metrics, host: str, port: int) -> MetricsServer | None:
+    """The scrape endpoint; None for port 0, and where the port is taken: who cannot be watched serves on."""
+    if not port:
+        return None
+    try:
+        return MetricsServer(metrics, host, port)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        logger.error("no metrics: cannot listen on %s:%d: %s (TDM_METRICS_PORT)", host, port, reason)  # noqa: TRY400
+        return None

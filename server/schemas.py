@@ -128,7 +128,7 @@ class VideoRequest(SampleRequest):
 class ImageData(BaseModel):
     """One finished image."""
 
-    url: str
+    url: str | None = Field(description="Of its bytes; null where they come along as `b64_json`.")
     b64_json: str | None = None
     seed: int = Field(description="Draws exactly this image again with n=1.")
     width: int
@@ -159,6 +159,7 @@ class JobErrorView(BaseModel):
     message: str
 
 
+WARNINGS_HELP = "What of the prompt the model did not hear: unknown words, and what is beyond its last token."
 VERSION_HELP = "Content hash of the bundle that draws it, or drew it; null until it has been started."
 
 
@@ -187,6 +188,7 @@ class ImageJob(BaseModel):
     steps: int
     output_format: OutputFormat
     data: list[ImageData] = Field(default_factory=list, description="Images, once completed.")
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS_HELP)
     timing_ms: dict[str, float] = Field(
         default_factory=dict, description="queue, batch, encode, denoise, decode, pack, store, total."
     )
@@ -224,6 +226,7 @@ class VideoJob(BaseModel):
     eta_s: float | None = Field(
         default=None, description="Seconds until it is finished, predicted; null if unknown."
     )
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS_HELP)
     timing_ms: dict[str, float] = Field(
         default_factory=dict, description="queue, batch, encode, denoise, decode, pack, store, total."
     )
@@ -278,6 +281,7 @@ class GenerationsResponse(BaseModel):
     version: str | None = Field(default=None, description=VERSION_HELP)
     seed: int
     steps: int
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS_HELP)
     timing_ms: dict[str, float]
 
 

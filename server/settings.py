@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     lets `up` start its own Valkey under `data_dir`."""
     redis_wait_s: float = Field(default=30.0, ge=0, le=3600)
     """How long a starting process waits for a Redis that does not answer before it ends with status 1."""
+    valkey_memory: str = Field(default="1gb", pattern=r"^[1-9][0-9]*(b|kb|mb|gb)?$")
+    """Memory limit of that Valkey. Above 80 % of it finished jobs are forgotten, the oldest first."""
     data_dir: Path = Path("data")
     """Where the embedded Valkey, built bundles and results live."""
     bundles: str = ""

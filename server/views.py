@@ -109,6 +109,7 @@ def image_job(
         steps=request["num_steps"],
         output_format=request["output_format"],
         data=[] if expired else image_data(job, content_url, images_b64),
+        warnings=list(job.warnings),
         timing_ms=timing_of(job),
         error=_error_view(job),
     )
@@ -150,6 +151,7 @@ def video_job(
         steps=request["num_steps"],
         queue_position=queue_position if job.status is JobStatus.QUEUED else None,
         eta_s=None if job.finished or eta_ms is None else round(eta_ms / 1000, 3),
+        warnings=list(job.warnings),
         timing_ms=timing_of(job),
     )
 
@@ -168,15 +170,19 @@ def generations_response(
         version=job.version,
         seed=job.request["seed"],
         steps=job.request["num_steps"],
+        warnings=list(job.warnings),
         timing_ms=timing_of(job),
     )
 
 
 def image_data(job: Job, content_url: ContentUrl, images_b64: list[str] | None) -> list[ImageData]:
-    """One entry per finished image."""
+    """One entry per finished image: its bytes or, where the client did not ask for them, where they lie.
+
+    Never both: clients that find a URL fetch it, also where they may not.
+    """
     return [
         ImageData(
-            url=content_url(job.id, index),
+            url=None if images_b64 else content_url(job.id, index),
             b64_json=images_b64[index] if images_b64 else None,
             seed=output.seed,
             width=output.width,

@@ -29,7 +29,7 @@ from server.finisher import Finisher
 from server.heartbeat import Heartbeat
 from server.inbox import Inbox
 from server.job import JobError, JobStatus
-from server.metrics import Metrics, MetricsServer
+from server.metrics import Metrics, start_metrics_server
 from server.queue.connection import system_now_ms
 from server.queue.errors import QueueError
 from server.queue.leases import Lease, Verdict, WorkerQueue
@@ -208,7 +208,7 @@ def run_worker(
     manifest = pipeline.manifest
     metrics.model_load.labels(manifest.name).set(time.perf_counter() - started)
     metrics.engine_info.labels(manifest.name, pipeline.backend, manifest.version).set(1)
-    server = MetricsServer(metrics, settings.host, settings.metrics_port) if settings.metrics_port else None
+    server = start_metrics_server(metrics, settings.host, settings.metrics_port)
     try:
         return EXIT_OK if stopping.is_set() else serve(settings, pipeline, metrics, stopping)
     finally:
@@ -244,6 +244,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         heartbeat,
         metrics,
         version=manifest.version,
+        unheard=pipeline.unheard,
         store_patience_s=settings.lease_s,
         max_pending=MAX_PENDING[manifest.kind],
         clock=clock,

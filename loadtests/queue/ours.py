@@ -36,7 +36,7 @@ TIMING = {
     "store": 0.0,
 }
 
-Result = tuple[Job, Sequence[OutputRef], Mapping[str, float]]
+Result = tuple[Job, Sequence[OutputRef], Mapping[str, float], Sequence[str]]
 
 
 class OurQueue:
@@ -143,7 +143,7 @@ class _Worker:
                 self._heartbeat.release([lease])
                 continue
             output = OutputRef(**self._engine(started.job.request))
-            done[lease] = (started.job, [output], TIMING)
+            done[lease] = (started.job, [output], TIMING, ())
         self._heartbeat.report(dict.fromkeys(done, 100))
         self._finishers.submit(self._finish, done)
 

@@ -344,6 +344,8 @@ function showFacts(job, elapsedMs) {
     }),
   );
   $("caption").textContent = job.prompt;
+  $("warnings").textContent = job.warnings.join(". ");
+  $("warnings").hidden = job.warnings.length === 0;
   $("elapsed").textContent = duration(elapsedMs);
   $("total").textContent = duration(timing.total ?? 0);
   $("used-steps").textContent = job.steps;

@@ -7,17 +7,25 @@ that travel together share one sync, and the cost of a round trip. One that is a
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 import redis.asyncio
 from redis.exceptions import NoScriptError
+from redis.exceptions import TimeoutError as NoAnswerError
 
 from server.queue.scripts import script, script_sha
 
 MAX_PIPELINE = 256
 # While this many pipelines are on their way, further calls gather for the next.
 MAX_UNDERWAY = 2
+# A Redis that has said nothing at all for this long hangs: who waits for it is told so now, all at once,
+# instead of one after the other when their turn on a connection has come and has timed out.
+SILENCE_S = 2.0
+# The loop may have been late itself: what has arrived by then is yet to be read.
+GRACE_S = 0.1
 
+T = TypeVar("T")
 Command = tuple[str | int, ...]
 
 
@@ -30,6 +38,7 @@ class Calls:
         self._waiting: list[tuple[Command, asyncio.Future[Any]]] = []
         self._underway: set[asyncio.Task[None]] = set()
         self._loading: dict[str, asyncio.Future[Any]] = {}
+        self._heard_at = 0.0
 
     async def verb(self, verb: str, prefix: str, *args: str | int) -> Any:
         """Run lua/<verb>.lua on the class with this key prefix.
@@ -61,7 +70,31 @@ class Calls:
         self._waiting.append((command, future))
         if len(self._waiting) == 1:
             asyncio.get_running_loop().call_soon(self._send)
-        return await future
+        try:
+            return await self.unless_silent(future)
+        finally:
+            future.cancel()  # of no effect once it is done; else its reply is for nobody
+
+    async def unless_silent(self, reply: Awaitable[T]) -> T:
+        """Wait for a reply from Redis as long as any come at all.
+
+        Raises:
+            redis.exceptions.TimeoutError: none came for `SILENCE_S`.
+        """
+        waiting = asyncio.ensure_future(reply)
+        asked_at = asyncio.get_running_loop().time()
+        try:
+            while True:
+                done, _ = await asyncio.wait({waiting}, timeout=SILENCE_S)
+                if not done:
+                    done, _ = await asyncio.wait({waiting}, timeout=GRACE_S)
+                if done:
+                    self._heard_at = max(self._heard_at, asked_at)
+                    return await waiting
+                if asyncio.get_running_loop().time() - self._heard_at > SILENCE_S:
+                    raise NoAnswerError(f"Redis has not answered for {SILENCE_S:g} s")
+        finally:
+            waiting.cancel()
 
     async def close(self) -> None:
         """Cancel whoever still waits for a reply."""
@@ -76,6 +109,8 @@ class Calls:
             _, tasks = await asyncio.wait(tasks, timeout=0.1)
 
     def _send(self) -> None:
+        # Whoever no longer waits has told a client that it was not done, and so it should not be.
+        self._waiting = [call for call in self._waiting if not call[1].done()]
         while self._waiting and len(self._underway) < MAX_UNDERWAY:
             batch, self._waiting = self._waiting[:MAX_PIPELINE], self._waiting[MAX_PIPELINE:]
             task = asyncio.create_task(self._execute(batch), name="queue calls")
@@ -98,6 +133,8 @@ class Calls:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the callers' to handle
             replies = [error] * len(batch)
+        else:
+            self._heard_at = asyncio.get_running_loop().time()
         for (_, future), reply in zip(batch, replies, strict=True):
             if future.done():  # its caller was cancelled
                 continue

@@ -7,6 +7,7 @@ For one machine; production points TDM_REDIS_URL at a Redis or Valkey of its own
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import fcntl
 import hashlib
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -25,6 +26,8 @@ from urllib.parse import quote
 PR_SET_PDEATHSIG = 1
 # sun_path holds 108 bytes with its NUL; longer data directories get their socket in the temporary directory.
 MAX_SOCKET_PATH_BYTES = 100
+LOOK_S = 0.02
+PONG = b"+PONG\r\n"
 
 
 class EmbeddedValkeyError(RuntimeError):
@@ -81,39 +84,66 @@ class EmbeddedValkey:
 
     def alive(self) -> bool:
         """True while the server answers."""
-        return _answers_ping(self.socket_path)
+        return _ping(self.socket_path) == PONG
 
     def start(self, timeout_s: float = 30.0) -> str:
         """Run or join the server of this data directory, and return its URL once it answers.
 
-        Calling it again after the server died starts a new one on the same data.
+        Calling it again after the server died starts a new one on the same data. Reading that data may take
+        as long as it takes: `timeout_s` is for a server that says nothing.
 
         Raises:
             EmbeddedValkeyError: no answer within `timeout_s`; the server gave up (bad data, full disk); or
                 the directory for its socket is somebody else's.
         """
-        self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # jobs hold prompts
-        if self.socket_path.parent != self._dir:
-            _make_private(self.socket_path.parent)
-        deadline = time.monotonic() + timeout_s
-        spawned: subprocess.Popen[bytes] | None = None
-        while time.monotonic() < deadline:
-            if self._process is not None and self._process.poll() is not None:
-                if self._process is spawned:
-                    code = self._process.returncode
-                    self.stop()
-                    raise EmbeddedValkeyError(f"Valkey ended with exit code {code}:\n{self._log_tail()}")
-                # One of an earlier `start`. It may well have been killed, and not have ended yet, when this
-                # call began: its end is no failure of the server that this call is to run.
-                self._process = None
-            if self._process is None and self._try_lock():
-                self._spawn()
-                spawned = self._process
-            if _answers_ping(self.socket_path):
-                return self.url
-            time.sleep(0.02)  # neither a starting nor an ending server offers anything to wait on
-        self.stop()
-        raise EmbeddedValkeyError(f"no answer on {self.socket_path} in {timeout_s} s:\n{self._log_tail()}")
+        for _ in self._starting(timeout_s):
+            time.sleep(LOOK_S)
+        return self.url
+
+    async def start_beside(self, timeout_s: float = 30.0) -> str:
+        """`start` for an event loop that goes on meanwhile; its thread has to outlive the server."""
+        for _ in self._starting(timeout_s):
+            await asyncio.sleep(LOOK_S)
+        return self.url
+
+    def _starting(self, timeout_s: float) -> Iterator[None]:
+        """The steps of `start`; each time it yields, it is to be gone on with a little later.
+
+        Neither a starting nor an ending server offers anything to wait on.
+        """
+        try:
+            self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # jobs hold prompts
+            if self.socket_path.parent != self._dir:
+                _make_private(self.socket_path.parent)
+            spawned: subprocess.Popen[bytes] | None = None
+            deadline = time.monotonic() + timeout_s
+            while True:
+                if self._process is not None and self._process.poll() is not None:
+                    if self._process is spawned:
+                        code = self._process.returncode
+                        raise EmbeddedValkeyError(f"Valkey ended with exit code {code}:\n{self._log_tail()}")
+                    # One of an earlier `start`. It may well have been killed, and not have ended yet, when
+                    # this call began: its end is no failure of the server that this call is to run.
+                    self._process = None
+                if self._process is None and self._try_lock():
+                    self._spawn()
+                    spawned = self._process
+                answer = _ping(self.socket_path)
+                if answer == PONG:
+                    return
+                if answer:  # "-LOADING ..."
+                    deadline = time.monotonic() + timeout_s
+                if time.monotonic() > deadline:
+                    raise EmbeddedValkeyError(
+                        f"no answer on {self.socket_path} in {timeout_s} s:\n{self._log_tail()}"
+                    )
+                yield
+        except OSError as error:  # a disk that is full, a directory that is gone or closed to us
+            self.stop()
+            raise EmbeddedValkeyError(f"{self._dir}: {error}") from error
+        except EmbeddedValkeyError:
+            self.stop()
+            raise
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the server if this object started it; a joined one goes on."""
@@ -233,13 +263,13 @@ def _socket_path(directory: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"tdm-{os.getuid()}-{digest}" / "valkey.sock"
 
 
-def _answers_ping(path: Path) -> bool:
-    """True if a Redis server behind the socket is up and has loaded its data."""
+def _ping(path: Path) -> bytes:
+    """What a Redis behind the socket says: PONG, "-LOADING ..." while it reads its data, or nothing."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(1.0)
             connection.connect(str(path))
             connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")  # "-LOADING ..." until its data is read
+            return connection.recv(64)
     except OSError:
-        return False
+        return b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,8 +14,17 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
 from server.job import Job, JobError, JobStatus, OutputRef, Priority
 from server.queue.connection import SOCKET_TIMEOUT_S, connect, system_now_ms
-from server.queue.records import WorkerInfo, dump_error, dump_outputs, dump_worker, load_job
+from server.queue.records import (
+    UnreadableJobError,
+    WorkerInfo,
+    dump_error,
+    dump_outputs,
+    dump_worker,
+    load_job,
+)
 from server.queue.scripts import script, script_sha
+
+log = logging.getLogger(__name__)
 
 GROUP = "w"
 MAX_ATTEMPTS = 3
@@ -163,7 +173,7 @@ class WorkerQueue:
                 break
         return leases
 
-    def look(self, leases: Sequence[Lease]) -> tuple[list[Job | None], int]:
+    def look(self, leases: Sequence[Lease]) -> tuple[list[Job | UnreadableJobError | None], int]:
         """The leased jobs, unstarted (None: no longer known), and how many wait in the whole class."""
         pipeline = self._redis.pipeline(transaction=False)
         for lease in leases:
@@ -172,11 +182,21 @@ class WorkerQueue:
             pipeline.zcard(f"{self._prefix}:n:{priority}")
         replies: list[Any] = pipeline.execute()
         hashes, counts = replies[: len(leases)], replies[len(leases) :]
-        jobs = [
-            load_job(self.model, lease.job_id, fields) if fields else None
-            for lease, fields in zip(leases, hashes, strict=True)
-        ]
+        jobs = [self._read(lease, fields) for lease, fields in zip(leases, hashes, strict=True)]
         return jobs, sum(counts)
+
+    def refuse(self, lease: Lease, error: JobError) -> None:
+        """End a leased job that cannot be worked on, without reading more of its record than must be."""
+        try:
+            args = (*self._who, lease.entry, lease.job_id, self._clock(), MAX_ATTEMPTS)
+            verdict, *rest = self._call("start", *args)
+            if verdict != "run":
+                return  # it is ended, gone, or somebody else's
+            attempt = dict(zip(rest[::2], rest[1::2], strict=True))["at"]
+            now_ms, err = self._clock(), dump_error(error)
+            self._call("fail", *self._who, attempt, lease.job_id, now_ms, JobStatus.FAILED, err, "{}")
+        except ResponseError as broken:  # the script itself cannot make sense of it
+            log.error("job %s cannot be ended: %s", lease.job_id, broken)  # noqa: TRY400
 
     def start(self, leases: Sequence[Lease]) -> list[Started]:
         """Begin the next attempt of each leased job, in one round trip.
@@ -198,20 +218,39 @@ class WorkerQueue:
         verdicts: Any = self._call("extend", *self._who, *args)
         return {lease: Verdict(verdict) for lease, verdict in zip(progress, verdicts, strict=True)}
 
-    def complete(self, job: Job, outputs: Sequence[OutputRef], timing: Mapping[str, float]) -> Settled:
-        """Record the results of a started job; the first finisher wins, with or without the lease."""
-        return self.complete_all([(job, outputs, timing)])[0]
+    def complete(
+        self,
+        job: Job,
+        outputs: Sequence[OutputRef],
+        timing: Mapping[str, float],
+        warnings: Sequence[str] = (),
+    ) -> Settled:
+        """Record the results of a started job; the first finisher wins, with or without the lease.
+
+        Args:
+            job: as `start` returned it.
+            outputs: its objects in the store.
+            timing: as `Job.timing`.
+            warnings: as `Job.warnings`.
+        """
+        return self.complete_all([(job, outputs, timing, warnings)])[0]
 
     def complete_all(
-        self, results: Sequence[tuple[Job, Sequence[OutputRef], Mapping[str, float]]]
+        self, results: Sequence[tuple[Job, Sequence[OutputRef], Mapping[str, float], Sequence[str]]]
     ) -> list[Settled]:
         """`complete` for each of several jobs, in one round trip."""
         if not results:
             return []
         args = [
             arg
-            for job, outputs, timing in results
-            for arg in (job.attempt, job.id, dump_outputs(outputs), json.dumps(timing))
+            for job, outputs, timing, warnings in results
+            for arg in (
+                job.attempt,
+                job.id,
+                dump_outputs(outputs),
+                json.dumps(timing),
+                json.dumps(warnings) if warnings else "",
+            )
         ]
         replies = self._call("complete", *self._who, self._clock(), *args)
         return [Settled(str(reply)) for reply in replies]
@@ -261,6 +300,12 @@ class WorkerQueue:
         """Announce this worker again: Redis lost its data, or took the worker for dead and the lane away."""
         if self._announcement is not None:
             self.beat(*self._announcement)
+
+    def _read(self, lease: Lease, fields: Mapping[str, str]) -> Job | UnreadableJobError | None:
+        try:
+            return load_job(self.model, lease.job_id, fields) if fields else None
+        except UnreadableJobError as error:
+            return error
 
     def _started(self, lease: Lease, reply: list[str]) -> Started:
         verdict, *rest = reply

@@ -17,7 +17,15 @@ from server.job import TERMINAL, Job, Priority, model_tag
 from server.queue.calls import Calls
 from server.queue.connection import connect_async, system_now_ms
 from server.queue.leases import class_prefix
-from server.queue.records import EnqueueResult, EnqueueStatus, QueueStats, dump_request, load_job, load_worker
+from server.queue.records import (
+    EnqueueResult,
+    EnqueueStatus,
+    QueueStats,
+    UnreadableJobError,
+    dump_request,
+    load_job,
+    load_worker,
+)
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +42,7 @@ class JobQueue:
     """All queue classes of one Redis, as one api process sees them. One instance per event loop.
 
     All verbs raise `redis.exceptions.RedisError` (ConnectionError, TimeoutError, ...) where Redis cannot be
-    reached.
+    reached, or hangs for about two seconds.
     """
 
     def __init__(
@@ -90,7 +98,7 @@ class JobQueue:
 
     async def ping(self) -> None:
         """Return if Redis answers, else raise its error."""
-        await self._redis.ping()
+        await self._calls.unless_silent(self._redis.execute_command("PING"))
 
     async def enqueue(
         self, job: Job, *, idempotency_key: str | None = None, admit: bool = True
@@ -129,16 +137,28 @@ class JobQueue:
         return EnqueueResult(status=EnqueueStatus(status), job_id=job_id or None, position=int(position))
 
     async def get(self, job_id: str) -> Job | None:
-        """The job, or None where no such id is (any longer) known."""
+        """The job, or None where no such id is (any longer) known.
+
+        Raises:
+            UnreadableJobError: another version of the server wrote its record.
+        """
         for model in await self._models_of(job_id):
             fields: Any = await self._calls.command("HGETALL", f"{class_prefix(model)}:j:{job_id}")
             if fields:
                 return load_job(model, job_id, fields)
         return None
 
+    async def _get_readable(self, job_id: str) -> Job | None:
+        """The job, or None where it is unknown or cannot be read."""
+        try:
+            return await self.get(job_id)
+        except UnreadableJobError as error:
+            log.warning("%s", error)
+            return None
+
     async def position(self, job: Job) -> int | None:
         """Jobs of its priority that were waiting before it and still are; None once it runs or has ended."""
-        rank: Any = await self._redis.zrank(f"{class_prefix(job.model)}:n:{job.priority}", job.id)
+        rank: Any = await self._calls.command("ZRANK", f"{class_prefix(job.model)}:n:{job.priority}", job.id)
         return None if rank is None else int(rank)
 
     async def cancel(self, job_id: str) -> Job | None:
@@ -186,7 +206,7 @@ class JobQueue:
             if not ids:
                 break
             after = ids[-1]
-            jobs = await asyncio.gather(*map(self.get, ids))  # None: expired since it was listed
+            jobs = await asyncio.gather(*map(self._get_readable, ids))  # None: expired since it was listed
             found += [job for job in jobs if job is not None]
         return found[:limit], len(found) > limit
 
@@ -225,27 +245,40 @@ class JobQueue:
             pipeline.zrange(f"{prefix}:n:{priority}", 0, 0, withscores=True)
         pipeline.zcard(f"{prefix}:live")
         pipeline.xlen(f"{prefix}:dead")
+        pipeline.zcard(f"{prefix}:ended")
+        pipeline.hget(f"{prefix}:pump", "forgotten")
         pipeline.zrangebyscore(f"{prefix}:alive", f"({now_ms}", "+inf")
         pipeline.hgetall(f"{prefix}:w")
-        replies: list[Any] = await pipeline.execute()
+        replies: list[Any] = await self._calls.unless_silent(pipeline.execute())
         num = len(Priority)
         waiting = dict(zip(Priority, replies[:num], strict=True))
         oldest = [score for first in replies[num : 2 * num] for _, score in first]
-        live, dead, alive, infos = replies[2 * num :]
+        live, dead, kept, forgotten, alive, infos = replies[2 * num :]
         return QueueStats(
             waiting=waiting,
             running=live - sum(waiting.values()),
             oldest_age_ms=max(0, now_ms - int(min(oldest))) if oldest else 0,
             dead=dead,
+            kept=kept,
+            forgotten=int(forgotten or 0),
             workers=tuple(load_worker(infos[consumer]) for consumer in alive if consumer in infos),
         )
+
+    async def memory_use(self) -> float:
+        """Share of Redis's memory limit that is used; 0 where there is no limit.
+
+        From 0.8 on no job is accepted before finished ones were forgotten.
+        """
+        info: Any = await self._calls.unless_silent(self._redis.info("memory"))
+        limit = int(info.get("maxmemory", 0))
+        return int(info["used_memory"]) / limit if limit else 0.0
 
     async def models(self) -> dict[str, Mapping[str, Any]]:
         """Every model a worker has ever announced here: name -> its bundle's manifest.json, as a dict.
 
         A model stays known while no worker serves it, so its jobs can wait.
         """
-        manifests: Any = await self._redis.hgetall(MODELS_KEY)
+        manifests: Any = await self._calls.command("HGETALL", MODELS_KEY)
         self._known |= manifests.keys()
         return {name: json.loads(text) for name, text in manifests.items() if text}
 
@@ -255,7 +288,7 @@ class JobQueue:
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.hget(f"{prefix}:route", "base")
         pipeline.hmget(f"{prefix}:m", versions)
-        base, texts = await pipeline.execute()
+        base, texts = await self._calls.unless_silent(pipeline.execute())
         found: list[Mapping[str, Any]] = [json.loads(text) for text in texts if text]
         return sorted(found, key=lambda manifest: manifest.get("version") != base)
 
@@ -338,7 +371,8 @@ class JobQueue:
                 if job := await self.get(job_id):
                     self._on_deadline(job)
         waited_for = list(self._waiters)
-        for job_id, job in zip(waited_for, await asyncio.gather(*map(self.get, waited_for)), strict=True):
+        jobs = await asyncio.gather(*map(self._get_readable, waited_for))
+        for job_id, job in zip(waited_for, jobs, strict=True):
             if job is None or job.finished:
                 self._wake(job_id)
         long_over_ms = self._clock() - 2 * DEADLINE_GRACE_MS  # whose reply was lost and nobody waits for

@@ -13,6 +13,10 @@ from server.job import Job, JobError, JobStatus, OutputRef, Priority
 MAX_REQUEST_BYTES = 64 * 1024
 
 
+class UnreadableJobError(ValueError):
+    """A job's record says something that this version does not know, or lacks something."""
+
+
 class EnqueueStatus(StrEnum):
     """Outcome of `JobQueue.enqueue`; only OK and DUP mean that a job exists."""
 
@@ -67,12 +71,21 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueStats:
-    """One class at one moment. `waiting` counts queued jobs by priority; `dead` the dead letters kept."""
+    """One class at one moment.
+
+    Attributes:
+        waiting: queued jobs by priority.
+        dead: dead letters that are kept.
+        kept: finished jobs that are known.
+        forgotten: finished jobs that were forgotten before their time because memory was short, ever.
+    """
 
     waiting: Mapping[Priority, int]
     running: int
     oldest_age_ms: int
     dead: int
+    kept: int = 0
+    forgotten: int = 0
     workers: tuple[WorkerInfo, ...]
 
     @property
@@ -117,7 +130,18 @@ def dump_error(error: JobError) -> str:
 
 
 def load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
-    """The job in hash `q:{model}:j:<job_id>` (field names: server/README.md, "Keys")."""
+    """The job in hash `q:{model}:j:<job_id>` (field names: server/README.md, "Keys").
+
+    Raises:
+        UnreadableJobError: another version wrote it, or something is amiss with it.
+    """
+    try:
+        return _load_job(model, job_id, fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadableJobError(f"record of job {job_id} is unreadable: {error!r}") from error
+
+
+def _load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
     return Job(
         id=job_id,
         kind=fields["kd"],
@@ -136,6 +160,7 @@ def load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
         outputs=tuple(OutputRef(**output) for output in json.loads(fields.get("res", "[]"))),
         error=JobError(**json.loads(fields["err"])) if "err" in fields else None,
         timing=json.loads(fields.get("tm", "{}")),
+        warnings=tuple(json.loads(fields.get("wn", "[]"))),
         worker=fields.get("own"),
         version=fields.get("vs") if int(fields["at"]) else None,  # dealt out is not yet started
         traceparent=fields.get("tp") or None,

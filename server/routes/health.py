@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from server.errors import ApiError, NoWorkerError, QueueUnavailableError
+from server.errors import ApiError, NoWorkerError, OverloadedError, QueueUnavailableError
 from server.queue.errors import QueueError
 from server.schemas import ErrorDetail, Health, ModelReadiness, Readiness
 from server.services import ServicesDep
 
 router = APIRouter(tags=["health"])
+
+MEMORY_IS_SHORT = 0.8
+"""As in queue/lua/_accept.lua."""
 
 
 @router.get("/healthz", summary="Liveness")
@@ -21,7 +24,9 @@ async def healthz() -> Health:
 @router.get(
     "/readyz",
     summary="Readiness",
-    responses={503: {"model": Readiness, "description": "Error codes: queue_unavailable, no_worker"}},
+    responses={
+        503: {"model": Readiness, "description": "Error codes: queue_unavailable, no_worker, overloaded"}
+    },
 )
 async def readyz(services: ServicesDep, response: Response) -> Readiness:
     """200 if Redis answers and a live worker serves each known model, else 503 and what is missing."""
@@ -30,6 +35,7 @@ async def readyz(services: ServicesDep, response: Response) -> Readiness:
     try:
         await services.queue.ping()
         known = await services.catalog.models(max_age_s=0.0)
+        memory_use = await services.queue.memory_use()
     except QueueError:
         missing = QueueUnavailableError("Redis does not answer")
     else:
@@ -49,6 +55,8 @@ async def readyz(services: ServicesDep, response: Response) -> Readiness:
             missing = NoWorkerError("no worker has announced a model yet")
         elif len(unserved) == len(models):
             missing = NoWorkerError(f"no live worker serves {', '.join(unserved)}; accepted jobs wait")
+        elif memory_use > MEMORY_IS_SHORT and not any(model.stats.kept for model in known.values()):
+            missing = OverloadedError(f"{memory_use:.0%} of Redis's memory are used; new jobs are refused")
     if missing is not None:
         response.status_code = missing.status
     return Readiness(

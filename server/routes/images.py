@@ -97,8 +97,8 @@ async def create_image(
     accept_header: Annotated[str, Header(alias="Accept")] = "",
 ) -> Response:
     """Wait for the images and answer with them, or after the wait with the job that will have them."""
-    check_compression(body)
     body, raw = _negotiate(body, accept_header)
+    check_compression(body)  # of the format that it will be
     accepted, job = await _submit(
         services, request, body, idempotency_key, wait_s=_wait_s(body, prefer, services.settings.max_wait_s)
     )

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.e2e.system import TIMEOUT_S, System, running
-from tests.engines.tiny import make_tiny_checkpoint
+from tests.e2e.system import System, running
+from tests.shared import tiny_bundle
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny student's bundle, without compiled code: what is tested here is everything around the engine."""
-    directory = tmp_path_factory.mktemp("e2e")
-    student = make_tiny_checkpoint(directory / "tiny")
-    out = directory / "bundle"
-    command = ["build", str(student), "--out", str(out), "--backends", "eager", "--batches", "1,2,4"]
-    subprocess.run([sys.executable, "-m", "engines", *command], check=True, timeout=TIMEOUT_S)
-    return out
+    return tiny_bundle(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from typing import TypeVar
 import httpx
 import psutil
 
+from tests.server.conftest import pace
+
 T = TypeVar("T")
 
 # Patience, not expectation: shared machines can be very slow, and a dead system is noticed at once.
@@ -26,9 +28,10 @@ TIMEOUT_S = 280.0
 def poll(look: Callable[[], T | None], timeout_s: float = TIMEOUT_S) -> T:
     """The first truthy answer of `look`."""
     deadline = time.monotonic() + timeout_s
+    pace_s = pace()
     while not (found := look()):
         assert time.monotonic() < deadline, f"still {found!r} after {timeout_s:g} s"
-        time.sleep(0.05)  # the pace of the polling, not a synchronisation
+        time.sleep(next(pace_s))  # the pace of the polling, not a synchronisation
     return found
 
 
@@ -70,18 +73,28 @@ class System:
         self.url = ""
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> System:
-        """Start it, and return once it says that it is ready."""
+    def start(self, *, through_a_pipe: bool = False) -> System:
+        """Start it, and return once it says that it is ready.
+
+        Args:
+            through_a_pipe: read what it says up to then from a pipe, whose end is closed after that.
+        """
         self.data_dir.mkdir(parents=True, exist_ok=True)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "server", "up"],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=subprocess.PIPE if through_a_pipe else log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a signal that a test sends must not reach the test
             )
+            if self._process.stdout is not None:
+                for line in self._process.stdout:
+                    log.write(line)
+                    if line.startswith(b"ready:"):
+                        break
+                self._process.stdout.close()
         self.url = poll(self._url_of_ready_line)
         return self
 
@@ -129,10 +142,10 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(system: System) -> Iterator[System]:
-    """The system, started; whatever is left of it at the end is killed."""
+def running(system: System, **options: bool) -> Iterator[System]:
+    """The system, started with these options; whatever is left of it at the end is killed."""
     try:
-        yield system.start()
+        yield system.start(**options)
     finally:
         with contextlib.suppress(psutil.NoSuchProcess, AssertionError):
             left = system.processes()

@@ -39,6 +39,20 @@ def test_openais_client_gets_a_picture(client: openai.OpenAI) -> None:
     assert (reply.model_extra["seed"], reply.model_extra["steps"]) == (7, 2)
 
 
+def test_what_the_model_does_not_hear_of_a_prompt_is_told(client: openai.OpenAI, http: httpx.Client) -> None:
+    reply = client.images.generate(prompt="a red cube on a zebra")
+    assert reply.model_extra is not None
+    assert reply.model_extra["warnings"] == ["the model does not know: zebra"]
+
+    job = http.post("/v1/images", json={"prompt": "very " * 30 + "red cube"}).json()
+    assert [warning.partition(":")[0] for warning in job["warnings"]] == [
+        "the model does not know",
+        "the model reads 19 tokens of this prompt and not the rest",
+    ]
+    assert http.get(f"/v1/images/{job['id']}").json()["warnings"] == job["warnings"]
+    assert http.post("/v1/images", json={"prompt": "a red cube"}).json()["warnings"] == []
+
+
 def test_openais_client_gets_urls_that_work(client: openai.OpenAI) -> None:
     reply = client.images.generate(
         prompt="a red cube", n=2, size="64x64", response_format="url", output_format="webp", user="u"

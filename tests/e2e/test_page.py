@@ -128,6 +128,16 @@ def test_seed_and_steps_are_kept_and_several_pictures_fit(page: Page) -> None:
     assert len(page.browser.find_elements(By.CSS_SELECTOR, "#pictures .picture")) == 4
 
 
+def test_what_the_model_does_not_hear_is_shown_beside_the_picture(page: Page) -> None:
+    poll(lambda: page.find("#status").get_attribute("data-state") == "ready")
+    page.draw("a red cube on a zebra")
+    page.wait_for_state("done")
+    assert page.find("#warnings").text == "the model does not know: zebra"
+    page.draw("a red cube")
+    poll(lambda: page.find("#caption").text == "a red cube")
+    assert not page.find("#warnings").is_displayed()
+
+
 def test_error_is_shown_in_words_with_its_code(page: Page) -> None:
     page.browser.execute_script("document.getElementById('prompt').value = 'x'.repeat(3000)")
     page.find("#draw").click()

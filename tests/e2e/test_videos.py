@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +16,7 @@ from server.mp4 import boxes
 from server.packing import read_provenance
 from tests.e2e.system import TIMEOUT_S, System, poll, running
 from tests.e2e.test_page import Page, needs_browser, open_page
-from tests.engines.tiny import make_tiny_cogvideox
+from tests.shared import tiny_video_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
@@ -44,11 +42,8 @@ return new Set(new Uint32Array(context.getImageData(0, 0, 32, 32).data.buffer)).
 @pytest.fixture(scope="module")
 def system(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """A system that serves the tiny image model and a tiny one for clips of 9 frames, each by a worker."""
-    folder = tmp_path_factory.mktemp("videos")
-    student, out = make_tiny_cogvideox(folder / "student"), folder / "bundle"
-    command = ["build", str(student), "--out", str(out), "--backends", "eager", "--batches", "1"]
-    subprocess.run([sys.executable, "-m", "engines", *command], check=True, timeout=TIMEOUT_S)
-    with running(System(folder / "system", f"{bundle},{out}", workers=2)) as system:
+    bundles = f"{bundle},{tiny_video_bundle(tmp_path_factory)}"
+    with running(System(tmp_path_factory.mktemp("videos"), bundles, workers=2)) as system:
         yield system
 
 

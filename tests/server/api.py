@@ -71,7 +71,7 @@ class Worker:
         keys: Any = self.redis.keys(f"q:{{{self.queue.model}}}:j:*")
         ids = [key.rpartition(":")[2] for key in keys]
         found, _ = self.queue.look([Lease("", job_id) for job_id in ids])
-        return [job for job in found if job is not None]
+        return [job for job in found if isinstance(job, Job)]
 
     def wait_for_jobs(self) -> None:
         """Return once there is one."""

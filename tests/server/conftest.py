@@ -28,17 +28,27 @@ T = TypeVar("T")
 def poll(look: Callable[[], T], *, timeout_s: float = 120.0) -> T:
     """The first truthy answer of `look`."""
     deadline = time.monotonic() + timeout_s
+    pace_s = pace()
     while not (found := look()):
         assert time.monotonic() < deadline, f"still {found!r} after {timeout_s} s"
-        time.sleep(0.01)  # the pace of the polling, not a synchronisation
+        time.sleep(next(pace_s))  # the pace of the polling, not a synchronisation
     return found
+
+
+def pace() -> Iterator[float]:
+    """Seconds between looks: soon at first, then seldom, which leaves the machine to those looked at."""
+    pause_s = 0.005
+    while True:
+        yield pause_s
+        pause_s = min(1.3 * pause_s, 0.2)
 
 
 async def poll_async(look: Callable[[], Awaitable[bool]], *, timeout_s: float = 120.0) -> None:
     """Return once `look` says yes."""
+    pace_s = pace()
     async with asyncio.timeout(timeout_s):
         while not await look():  # noqa: ASYNC110 - the other side is another process: it sets no event of ours
-            await asyncio.sleep(0.01)  # the pace of the polling, not a synchronisation
+            await asyncio.sleep(next(pace_s))  # the pace of the polling, not a synchronisation
 
 
 class Clock:

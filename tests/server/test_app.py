@@ -124,6 +124,15 @@ async def test_bytes_come_in_the_body_when_asked_for(api: Api) -> None:
 
     images = [Image.open(io.BytesIO(base64.b64decode(image["b64_json"]))) for image in job["data"]]
     assert [(image.format, image.size) for image in images] == [("WEBP", (64, 64))] * 2
+    assert [image["url"] for image in job["data"]] == [None, None]
+
+
+async def test_compression_goes_with_the_format_that_is_negotiated(api: Api) -> None:
+    response = await api.draw({"output_compression": 80}, headers={"accept": "image/jpeg"})
+    assert (response.status_code, response.headers["content-type"]) == (200, "image/jpeg")
+
+    response = await api.post({"output_compression": 80}, headers={"accept": "image/png"})
+    assert error_of(response) == (422, "unsupported_parameter", "output_compression")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,21 @@ async def test_killed_process_is_started_again(tmp_path: Path) -> None:
     assert not any(is_running(pid) for pid in pids_in(file))
 
 
+async def test_process_that_has_served_is_started_again_whatever_its_status(tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    ends_as_set_up_wrongly = "import os, sys; open(sys.argv[1], 'a').write(f'{os.getpid()}\\n'); sys.exit(2)"
+    async with running(file, ends_as_set_up_wrongly) as (child, reports, _):
+        child.proven = True
+        await until(lambda: len(pids_in(file)) == 2)
+    assert reports[0] == "sleeper ended with status 2; starting it again in 0.5 s"
+
+    file.unlink()
+    async with running(file, ends_as_set_up_wrongly) as (_, reports, task):
+        await task
+    assert len(pids_in(file)) == 1
+    assert reports == ["sleeper cannot run as it is set up (its message is above)"]
+
+
 async def test_stop_ends_the_process_for_good(tmp_path: Path) -> None:
     file = tmp_path / "pids"
     async with running(file) as (child, reports, task):

@@ -1,11 +1,14 @@
 """The embedded Valkey under the accidents that a laptop has: kills, second starts, long paths."""
 
+import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -183,6 +186,43 @@ def test_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EmbeddedValkeyError, match="belongs to user 12345"):
         server.start()
     server.socket_path.parent.rmdir()
+
+
+def test_server_that_reads_its_data_has_all_the_time_it_needs(tmp_path: Path) -> None:
+    """The joiner's view of one that loads: a stand-in that says so for longer than a silent one is given."""
+    server = EmbeddedValkey(tmp_path)
+    server.socket_path.parent.mkdir()
+    told: list[bytes] = []
+
+    def serve(listener: socket.socket) -> None:
+        while len(told) < 10:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(64)
+                told.append(b"-LOADING" if len(told) < 9 else b"+PONG")
+                connection.sendall(told[-1] + b"\r\n")
+
+    with (
+        (server.socket_path.parent / "lock").open("w") as lock,
+        socket.socket(socket.AF_UNIX) as listener,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        listener.bind(str(server.socket_path))
+        listener.listen()
+        loading = pool.submit(serve, listener)
+        assert server.start(timeout_s=0.05) == server.url
+        loading.result()
+    assert told == [b"-LOADING"] * 9 + [b"+PONG"]
+
+
+def test_server_that_says_nothing_is_given_up(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path)
+    server.socket_path.parent.mkdir()
+    with (server.socket_path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(EmbeddedValkeyError, match="no answer"):
+            server.start(timeout_s=0.05)
 
 
 def test_damaged_data_is_reported_with_the_server_s_own_words(tmp_path: Path) -> None:

@@ -85,7 +85,6 @@ async def test_repetition_through_another_api_process_waits_for_the_same_job(
     [
         ("generation_failed", 500),
         ("poison", 500),
-        ("storage", 503),
         ("deadline", 504),
         ("out_of_memory", 500),
     ],
@@ -98,6 +97,17 @@ async def test_stored_failure_is_the_answer_to_every_repetition(api: Api, code: 
     assert again.json() == first.json()
     assert (replayed(first), replayed(again)) == (False, True)
     assert len(api.worker.jobs()) == 1
+
+
+async def test_failure_that_asks_for_another_try_is_no_answer_for_ever(api: Api) -> None:
+    first, _ = await asyncio.gather(api.post(headers=KEY), asyncio.to_thread(api.worker.fail, "storage"))
+    assert error_of(first) == (503, "store_unavailable", None)
+
+    again = await api.draw(headers=KEY)
+    once_more = await api.post(headers=KEY)
+    assert (again.status_code, replayed(again)) == (200, False)
+    assert (once_more.json(), replayed(once_more)) == (again.json(), True)
+    assert len(api.worker.jobs()) == 2
 
 
 @pytest.mark.parametrize(

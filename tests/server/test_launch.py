@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import pytest
 from engines.bundle import write_manifest
 from server.launch import (
     LaunchError,
+    _keep_alive,
     check_metrics_port,
     count_workers,
     deal,
@@ -24,9 +28,12 @@ from server.launch import (
     hire,
     listen,
     plan_posts,
+    say,
     url_of,
 )
+from server.queue.embedded import EmbeddedValkey
 from server.settings import Settings
+from tests.server.conftest import poll_async
 from tests.server.manifests import make_manifest
 
 
@@ -129,6 +136,59 @@ def test_damaged_manifest_is_refused_by_its_field(tmp_path: Path) -> None:
 
     with pytest.raises(LaunchError, match="family"):
         plan_posts(Settings(), [bundle])
+
+
+def test_damaged_bundle_keeps_no_other_from_being_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = make_bundle(tmp_path / "good", "good"), make_bundle(tmp_path / "bad", "bad")
+    (bad / "manifest.json").write_text("{")
+
+    assert list(plan_posts(Settings(), [bad, good])) == ["good"]
+
+    assert f"error: {bad}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "gone"), OSError(28, "disk full"), ValueError("closed")]
+)
+def test_that_nobody_reads_what_is_said_is_no_error(error: Exception) -> None:
+    class Unread(io.StringIO):
+        def flush(self) -> None:
+            raise error
+
+    say("ready", file=Unread())
+
+
+async def test_valkey_is_started_again_until_it_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    valkey = EmbeddedValkey(tmp_path)
+    await valkey.start_beside()
+    watching = asyncio.create_task(_keep_alive(valkey))
+    try:
+        (manifest,) = (tmp_path / "valkey" / "appendonlydir").glob("*.manifest")
+        manifest.rename(tmp_path / "aside")
+        manifest.write_text("nonsense\n")
+        assert valkey.pid is not None
+        os.kill(valkey.pid, signal.SIGKILL)
+        said = ""
+
+        async def gave_up_twice() -> bool:
+            nonlocal said
+            said += capsys.readouterr().out
+            return said.count("does not start") == 2
+
+        await poll_async(gave_up_twice)
+        (tmp_path / "aside").rename(manifest)
+
+        async def is_back() -> bool:
+            return await asyncio.to_thread(valkey.alive)
+
+        await poll_async(is_back)
+    finally:
+        watching.cancel()
+        valkey.stop()
 
 
 def test_every_bundle_gets_a_worker(tmp_path: Path) -> None:

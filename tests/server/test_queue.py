@@ -165,6 +165,49 @@ async def test_full_redis_refuses_new_jobs_and_finishes_the_old(
     assert done.status is JobStatus.DONE
 
 
+async def test_finished_jobs_are_forgotten_oldest_first_before_a_new_one_is_refused(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis, clock: Clock
+) -> None:
+    worker = make_worker(max_batch=100)
+    finished = []
+    for _ in range(150):
+        await queue.enqueue(new("x" * 2000))
+        clock.now_ms += 1
+        job = start_one(worker, lease_one(worker))
+        worker.complete(job, [OUTPUT], TIMING)
+        finished.append(job.id)
+    unfinished = new()
+    await queue.enqueue(unfinished)
+    used = int(client.info("memory")["used_memory"])
+    client.config_set("maxmemory", int(used / 0.8) - 50_000)
+
+    late = new()
+    assert (await queue.enqueue(late)).status is EnqueueStatus.OK
+
+    known = [await queue.get(job_id) is not None for job_id in finished]
+    assert known == sorted(known)  # the unknown ones are the oldest
+    assert 0 < known.count(False) < 150
+    stats = await queue.stats(MODEL)
+    assert (stats.forgotten, stats.kept) == (known.count(False), known.count(True))
+    assert 0 < await queue.memory_use() < 1
+    assert {(await queue.get(job.id)).status for job in (unfinished, late)} == {JobStatus.QUEUED}  # type: ignore[union-attr]
+    client.config_set("maxmemory", 0)
+    assert await queue.memory_use() == 0
+
+
+async def test_records_that_have_expired_are_not_counted_as_kept(
+    redis_url: str, new: NewJob, make_worker: MakeWorker, clock: Clock
+) -> None:
+    queue = JobQueue(redis_url, result_ttl_s=1, clock=clock)
+    worker = make_worker()
+    for _ in range(3):
+        await queue.enqueue(new())
+        worker.complete(start_one(worker, lease_one(worker)), [], {})
+        clock.now_ms += 2000
+    assert (await queue.stats(MODEL)).kept == 1
+    await queue.close()
+
+
 async def test_oversized_request_and_key_are_refused(queue: JobQueue, new: NewJob) -> None:
     with pytest.raises(ValueError, match="at most 65536"):
         await queue.enqueue(new("x" * 70_000))
@@ -269,7 +312,7 @@ async def test_nothing_but_the_record_and_the_replies_outlive_a_job(
     claims = {key for key in left if key.startswith("q:i:")}  # of a tenant, not of a class
     assert len(claims) == 1
     assert all(key.startswith(f"q:{{{MODEL}}}:") for key in left - claims)
-    assert {key.split(":")[2] for key in left - claims} == {"j", "i", "r"}
+    assert {key.split(":")[2] for key in left - claims} == {"j", "i", "r", "ended"}
     assert all(0 < client.pttl(key) <= 86_400_000 for key in left)
     assert client.xlen(STREAM) == 0
     assert client.xpending(STREAM, "w")["pending"] == 0

@@ -104,7 +104,7 @@ async def test_server_that_forgot_the_scripts_gets_them_again(
         client.script_flush()
         jobs = [started.job for started in worker.start(worker.read(4))]
         client.script_flush()
-        assert worker.complete_all([(job, [], {}) for job in jobs if job]) == [Settled.OK] * 4
+        assert worker.complete_all([(job, [], {}, ()) for job in jobs if job]) == [Settled.OK] * 4
 
 
 async def test_calls_that_miss_a_script_together_load_it_once(redis_url: str, client: redis.Redis) -> None:
@@ -129,8 +129,8 @@ async def test_jobs_completed_together_are_settled_one_by_one(
     first, second, third = [started.job for started in worker.start(worker.read(3)) if started.job]
     assert worker.complete(second, [], {}) is Settled.OK
     other = make_worker("w2")
-    assert other.complete_all([(first, [], {}), (second, [], {})]) == [Settled.OK, Settled.STALE]
-    assert worker.complete_all([(second, [], {}), (third, [], {})]) == [Settled.OK, Settled.OK]
+    assert other.complete_all([(first, [], {}, ()), (second, [], {}, ())]) == [Settled.OK, Settled.STALE]
+    assert worker.complete_all([(second, [], {}, ()), (third, [], {}, ())]) == [Settled.OK, Settled.OK]
     assert worker.complete_all([]) == []
 
 

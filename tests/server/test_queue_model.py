@@ -806,7 +806,7 @@ class QueueMachine(RuleBasedStateMachine):
         queue.reclaim(1, LEASE_MS)  # and the lanes that they have left
         queue.leave()
         names: Any = self.redis.keys()
-        lasting = tuple(f"{PREFIX}:{kind}" for kind in ("j:", "i:", "l:", "r:", "dead"))
+        lasting = tuple(f"{PREFIX}:{kind}" for kind in ("j:", "i:", "l:", "r:", "dead", "ended"))
         kept = {name for name in names if name.startswith((*lasting, "q:i:"))}
         stream = stream_of(MODEL, queue.version)
         bundle = {f"{PREFIX}:{kind}" for kind in ("pump", "lanes", "route", "m")}

@@ -39,6 +39,7 @@ from server.queue.embedded import EmbeddedValkey
 from server.queue.errors import QueueError
 from server.queue.leases import Lease, WorkerQueue, stream_of
 from server.queue.queue import JobQueue
+from server.queue.records import UnreadableJobError
 from server.settings import WorkerSettings
 from server.store import ResultStore
 from server.worker import EXIT_ENGINE_LOST, EXIT_OK, load_pipeline, serve
@@ -493,6 +494,21 @@ async def test_request_that_cannot_be_read_fails_and_the_next_is_served(
     assert (await ended(queue, fine)).status is JobStatus.DONE
 
 
+async def test_record_of_another_version_fails_that_job_and_the_next_is_served(
+    queue: JobQueue, start_worker: Callable[[], RunningWorker], settings: WorkerSettings
+) -> None:
+    strange, fine = job_of("a"), job_of("b")
+    await enqueue(queue, strange, fine)
+    client = connect(settings.redis_url)
+    key = f"q:{{{strange.model}}}:j:{strange.id}"
+    client.hset(key, "pr", "urgent")  # a priority that some newer api knows
+    start_worker()
+    assert (await ended(queue, fine)).status is JobStatus.DONE
+    poll(lambda: client.hget(key, "st") == "failed")
+    assert "urgent" in str(client.hget(key, "err"))
+    client.close()
+
+
 async def test_size_that_the_bundle_does_not_have_fails_alone(
     queue: JobQueue, start_worker: Callable[[], RunningWorker]
 ) -> None:
@@ -648,7 +664,7 @@ class ForgetfulQueue(WorkerQueue):
 
     lost = 0
 
-    def look(self, leases: Sequence[Lease]) -> tuple[list[Job | None], int]:
+    def look(self, leases: Sequence[Lease]) -> tuple[list[Job | UnreadableJobError | None], int]:
         if not self.lost:
             self.lost += 1
             raise QueueError("connection reset")

@@ -21,9 +21,24 @@ local function accept(id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp)
   pump()
 end
 
--- True above 80 % of maxmemory: what is left is for the jobs that were accepted already.
-local function is_short_of_memory()
+-- Share of maxmemory above which no job is accepted: what is left is for those that were accepted already.
+local accepting = 0.8
+
+local function is_short_of_memory(share)
   local memory = redis.call("INFO", "memory")
   local used, limit = tonumber(memory:match("used_memory:(%d+)")), tonumber(memory:match("maxmemory:(%d+)"))
-  return limit > 0 and used > 0.8 * limit
+  return limit > 0 and used > share * limit
+end
+
+-- make_room: forget finished jobs, the oldest first, until no more than `share` of the memory is used. What is answered
+-- already must not keep anybody from being served. -> true if that is so now
+local function make_room(share)
+  for _ = 1, 20 do -- a bounded time; the next call goes on
+    if not is_short_of_memory(share) then return true end
+    local oldest = redis.call("ZPOPMIN", ended, 50)
+    if #oldest == 0 then return false end
+    for i = 1, #oldest, 2 do redis.call("DEL", job_key(oldest[i])) end
+    redis.call("HINCRBY", pump_state, "forgotten", #oldest / 2)
+  end
+  return not is_short_of_memory(share)
 end

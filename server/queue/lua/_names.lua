@@ -3,6 +3,7 @@
 local q = KEYS[1]
 local group = "w"
 local live = q .. ":live"
+local ended = q .. ":ended"
 local alive = q .. ":alive"
 local workers = q .. ":w"
 local pump_state = q .. ":pump"

@@ -17,12 +17,16 @@ if idem ~= "" then
     if holder and redis.call("EXISTS", other .. ":j:" .. holder) == 1 then return {"mismatch", holder, 0} end
   end
   local holder, holder_fp = string.match(redis.call("GET", idem_key) or "", "^(.+)|(.+)$")
-  local st = holder and redis.call("HGET", job_key(holder), "st")
+  local st, err = nil, nil
+  if holder then st, err = unpack(redis.call("HMGET", job_key(holder), "st", "err")) end
+  if st == "failed" and cjson.decode(err or "{}").code == "storage" then
+    st = nil -- its client was told to ask again, and is to have a new job then
+  end
   if st and holder_fp ~= fp then return {"mismatch", holder, 0} end
   if st then return {"dup", holder, 0} end
 end
 
-if is_short_of_memory() then return {"memory", "", 0} end
+if not make_room(accepting) then return {"memory", "", 0} end
 
 redis.call("ZREMRANGEBYSCORE", inflight_key(tn), "-inf", enq)
 if tonumber(max_live) > 0 and redis.call("ZCARD", inflight_key(tn)) >= tonumber(max_live) then

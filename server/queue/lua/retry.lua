@@ -4,7 +4,7 @@
 local letter, id = ARGV[1], ARGV[2]
 if redis.call("EXISTS", job_key(id)) == 1 then return "ok" end -- our reply was lost and the operator asks again
 if #redis.call("XRANGE", dead, letter, letter) == 0 then return "gone" end
-if is_short_of_memory() then return "memory" end
+if not make_room(accepting) then return "memory" end
 accept(unpack(ARGV, 2))
 redis.call("XDEL", dead, letter)
 return "ok"
