@@ -13,7 +13,7 @@ DEV := $(VENV)/.installed-dev
 .DELETE_ON_ERROR:
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test lint format bench load clean
+.PHONY: help serve dev test storm mutants lint format bench load clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1  \t/p' $(MAKEFILE_LIST)
@@ -26,6 +26,13 @@ dev: $(DEV)  ## install what training, tests and lint need into .venv
 test: $(DEV)  ## run the tests
 	@bash .ci/system-packages
 	@bash .ci/tests $(BIN)/python $(ARGS)
+
+storm: $(DEV)  ## kill workers, apis and Redis at random under load, longer than the tests do
+	@bash .ci/system-packages
+	$(BIN)/python -m pytest --storm tests/failures/test_kill_storm.py $(ARGS)
+
+mutants: $(DEV)  ## break the code on purpose, a change at a time: do the tests notice
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(DEV)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

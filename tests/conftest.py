@@ -11,6 +11,10 @@ import pytest
 
 from tests.reaper import start_reaper
 
+SLOW_FOLDERS = {"e2e", "failures"}
+"""Tests with whole systems in processes of their own."""
+SLOW_FIXTURES = {"compiled_bundle"}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let no process outlive the run. Those of xdist belong to it, too, and share its reaper.
@@ -45,7 +49,23 @@ def free_ports() -> Callable[[int], list[int]]:
     return take
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--storm`: kill as often as `make storm` does, not as CI has time for."""
+    parser.addoption("--storm", action="store_true", help="let the storms of tests/failures rage in full")
+
+
+@pytest.hookimpl(tryfirst=True)  # before those who choose by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow, and let its files begin: at the end they would keep one core busy alone."""
+    for item in items:
+        if SLOW_FOLDERS & set(item.path.parts) or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
+    skip_what_cannot_run(items)
+
+
+def skip_what_cannot_run(items: list[pytest.Item]) -> None:
     """Skip what needs hardware or libraries that are not here, with the reason."""
     wanted = {name for item in items for name in ("gpu", "tensorrt") if item.get_closest_marker(name)}
     if not wanted:

@@ -17,8 +17,8 @@ from loadtests import bench, worker_start
 from loadtests.client import BadReplyError, Reply
 from loadtests.process import ROOT, ServerProcess, free_port
 from server.errors import all_errors
-from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
 from tests.server.conftest import poll
+from tests.shared import tiny_bundle, tiny_video_bundle
 
 # Client errors that one client alone cannot bring about; the server's own tests do.
 NOT_IN_SMOKE = {
@@ -34,24 +34,13 @@ NOT_IN_SMOKE = {
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the tiny random student."""
-    folder = tmp_path_factory.mktemp("loadtests")
-    return build(make_tiny_checkpoint(folder / "student"), folder / "bundle")
+    return tiny_bundle(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def video_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of one that draws clips."""
-    folder = tmp_path_factory.mktemp("loadtests-video")
-    return build(make_tiny_cogvideox(folder / "student"), folder / "bundle")
-
-
-def build(student: Path, out: Path) -> Path:
-    """Build a bundle that is run eagerly: nothing to compile."""
-    options = ["--out", str(out), "--backends=eager", "--batches=1,2,4"]
-    subprocess.run(
-        [sys.executable, "-m", "engines", "build", str(student), *options], cwd=ROOT, check=True, timeout=500
-    )
-    return out
+    return tiny_video_bundle(tmp_path_factory)
 
 
 @pytest.fixture

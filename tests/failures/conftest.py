@@ -15,6 +15,7 @@ from server.queue.embedded import find_server
 from tests.engines.tiny import make_tiny_checkpoint
 from tests.failures.deployment import Deployment
 from tests.failures.processes import RedisServer
+from tests.shared import once_per_run
 
 MAX_BATCH = 8
 
@@ -22,7 +23,11 @@ MAX_BATCH = 8
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An eager bundle of a tiny student: what is tested here is everything around the engine."""
-    folder = tmp_path_factory.mktemp("failures")
+    return once_per_run(tmp_path_factory, "failures", build) / "bundle"
+
+
+def build(folder: Path) -> None:
+    """The bundle in `folder`."""
     settings = BuildSettings(
         student=make_tiny_checkpoint(folder / "student"),
         out=folder / "bundle",
@@ -36,7 +41,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with BuildProgress(Console(quiet=True), num_pieces(settings)) as progress:
         build_bundle(settings, progress)
-    return settings.out
 
 
 @pytest.fixture(params=["valkey", "redis"])

@@ -77,6 +77,11 @@ class RedisServer:
         self._process.wait()
         self.socket.unlink(missing_ok=True)
 
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process is not None, "not started"
+        self._process.send_signal(number)
+
     def save_data(self, name: str) -> None:
         """Keep a copy of the data as it is on disk now."""
         shutil.copytree(self._data, self._data.with_name(name))
@@ -312,5 +317,6 @@ class Worker(Process):
 def fork_server() -> ForkServerContext:
     """One for all tests: a process that has imported what a worker needs, and done nothing with it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([run_scripted_worker.__module__])
+    # The family, too: a worker imports diffusers for code that is not compiled, which takes it seconds.
+    context.set_forkserver_preload([run_scripted_worker.__module__, "engines.families.pixart"])
     return context

@@ -25,8 +25,8 @@ from tests.failures.deployment import Deployment
 from tests.failures.processes import PATIENCE_S, ROOT, Api, Process
 from tests.server.conftest import poll
 
-NUM_JOBS = 200
-KILLS_OF_EACH = 10
+NUM_JOBS = {"short": 80, "full": 200}
+KILLS_OF_EACH = {"short": 4, "full": 10}
 NUM_CUSTOMERS = 6
 JOBS_BETWEEN_KILLS = 8
 """So many end before the next kill, unless it follows at once, as every third one does."""
@@ -114,9 +114,11 @@ def audited(deployment: Deployment, accepted: Path) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_storm_of_kills_loses_no_job_and_shows_none_twice(deployment: Deployment, tmp_path: Path) -> None:
+def test_storm_of_kills_loses_no_job_and_shows_none_twice(
+    deployment: Deployment, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    size = "full" if pytestconfig.getoption("--storm") else "short"
     seed = random.randrange(10**6)
     print(f"storm of seed {seed}")  # noqa: T201 - shown when the test fails
     rng = random.Random(seed)
@@ -136,7 +138,7 @@ def test_storm_of_kills_loses_no_job_and_shows_none_twice(deployment: Deployment
         poll(lambda: num_ended() >= count, timeout_s=PATIENCE_S)
 
     try:
-        victims = ["worker", "api", "redis"] * KILLS_OF_EACH
+        victims = ["worker", "api", "redis"] * KILLS_OF_EACH[size]
         rng.shuffle(victims)
         for victim in victims:
             if rng.random() < 2 / 3:
@@ -148,7 +150,7 @@ def test_storm_of_kills_loses_no_job_and_shows_none_twice(deployment: Deployment
                 process: Process = rng.choice([*workers] if victim == "worker" else [*apis])
                 process.kill()
                 process.start()
-        wait_for_ended(NUM_JOBS)
+        wait_for_ended(NUM_JOBS[size])
     finally:
         enough.set()
     for one in shopping:
@@ -156,7 +158,7 @@ def test_storm_of_kills_loses_no_job_and_shows_none_twice(deployment: Deployment
 
     orders = {key: job_id for customer in customers for key, job_id in customer.orders.items()}
     answers = {job_id: job for customer in customers for job_id, job in customer.answers.items()}
-    assert len(orders) == len(answers) >= NUM_JOBS
+    assert len(orders) == len(answers) >= NUM_JOBS[size]
     assert set(orders.values()) == set(deployment.job_ids())  # no order made two jobs, and no job was lost
     failed = {job_id: job["error"]["code"] for job_id, job in answers.items() if job["status"] == "failed"}
     assert set(failed.values()) <= {"poison"}

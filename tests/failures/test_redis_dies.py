@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.failures.deployment import Deployment
@@ -132,3 +134,21 @@ def test_first_worker_ever_announces_its_model_once_a_full_redis_has_room(deploy
     deployment.client.delete("filler")
     poll(api.ready, timeout_s=PATIENCE_S)
     assert api.post("a cube").status_code == 200
+
+
+def test_frozen_redis_is_refused_to_all_at_once_and_served_on_when_it_wakes(deployment: Deployment) -> None:
+    api, worker = deployment.api(), deployment.worker()
+    deployment.started(worker)
+    assert api.post("before").status_code == 200
+    deployment.redis.send(signal.SIGSTOP)
+    try:
+        asking = [deployment.background.submit(api.post, f"cube {index}") for index in range(12)]
+        answers = [one.result() for one in asking]
+    finally:
+        deployment.redis.send(signal.SIGCONT)
+    assert {answer.status_code for answer in answers} == {503}
+    assert {answer.json()["error"]["code"] for answer in answers} == {"queue_unavailable"}
+    waited_s = [answer.elapsed.total_seconds() for answer in answers]
+    assert max(waited_s) < 3 * min(waited_s)  # they were not told one after the other
+    poll(api.ready, timeout_s=PATIENCE_S)
+    assert api.post("after").status_code == 200

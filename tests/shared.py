@@ -1,0 +1,51 @@
+"""What is dear to make and never written to, made once per test run and shared by xdist's processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
+
+
+def once_per_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` has filled, in this process of the run or in another one.
+
+    Args:
+        factory: pytest's.
+        name: of the folder.
+        make: fills the folder that it is given; the others wait for it. If it fails, the next one tries.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    done = folder.with_suffix(".done")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            done.touch()
+    return folder
+
+
+def tiny_bundle(factory: pytest.TempPathFactory) -> Path:
+    """A tiny image student's bundle, without compiled code, for batches of 1, 2 and 4."""
+    folder = once_per_run(factory, "tiny", lambda folder: _build(make_tiny_checkpoint(folder / "tiny")))
+    return folder / "bundle"
+
+
+def tiny_video_bundle(factory: pytest.TempPathFactory) -> Path:
+    """The same of one that draws clips of 9 frames."""
+    folder = once_per_run(factory, "video", lambda folder: _build(make_tiny_cogvideox(folder / "student")))
+    return folder / "bundle"
+
+
+def _build(student: Path) -> None:
+    command = ["build", str(student), "--out", str(student.parent / "bundle"), "--backends", "eager"]
+    subprocess.run([sys.executable, "-m", "engines", *command, "--batches", "1,2,4"], check=True, timeout=900)
