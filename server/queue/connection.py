@@ -78,7 +78,9 @@ class _Sentinel(redis.sentinel.Sentinel):
     """Says briefly that no primary is known; redis-py's own message has every argument of every client."""
 
     def __init__(self, address: RedisAddress) -> None:
-        redis.sentinel.Sentinel.__init__(self, address.hosts, sentinel_kwargs=_sentinel_options(address))
+        # No second try at one that is gone: redis-py would wait seconds for it, and the next one answers now.
+        options = _sentinel_options(address) | {"retry": Retry(NoBackoff(), 0)}
+        redis.sentinel.Sentinel.__init__(self, address.hosts, sentinel_kwargs=options)
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
         try:
@@ -92,7 +94,7 @@ class _AsyncSentinel(redis.asyncio.sentinel.Sentinel):
     """The same for one event loop."""
 
     def __init__(self, address: RedisAddress) -> None:
-        options = _sentinel_options(address)
+        options = _sentinel_options(address) | {"retry": AsyncRetry(NoBackoff(), 0)}
         redis.asyncio.sentinel.Sentinel.__init__(self, address.hosts, sentinel_kwargs=options)
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:

@@ -92,7 +92,7 @@ def test_poison_request_takes_three_processes_and_no_neighbour(deployment: Deplo
     worker = deployment.worker()
 
     deaths = 0
-    deployment.started(worker)
+    worker.start()  # which may have died of it before anybody looks
     while not poison.done():
         if not worker.alive:
             assert worker.join() == -signal.SIGKILL

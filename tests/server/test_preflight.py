@@ -415,6 +415,7 @@ async def whole_life(
         await queue.sweep()
         await queue.stats(MODEL)
         await queue.models()
+        await queue.memory_use()
         other.hand_back(other.read(8))
         worker.leave()
         other.beat(worker_info("w2"), "{}")
@@ -423,6 +424,10 @@ async def whole_life(
         other.reclaim(1, 1000)  # its lane goes away
         decide_on_versions(url, clock)
         assert (await queue.wait(job.id, 0.01)) is not None
+        if admin is not None:  # what is finished makes room
+            admin.config_set("maxmemory", int(int(admin.info("memory")["used_memory"]) * 1.1))
+            await queue.enqueue(new("too many"))
+            admin.config_set("maxmemory", 0)
     finally:
         for one in (worker, other, newer):
             one.close()
