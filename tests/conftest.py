@@ -3,9 +3,6 @@
 import importlib.util
 import os
 import signal
-import socket
-from collections.abc import Callable
-from contextlib import ExitStack
 
 import pytest
 
@@ -13,7 +10,7 @@ from tests.reaper import start_reaper
 
 SLOW_FOLDERS = {"e2e", "failures"}
 """Tests with whole systems in processes of their own."""
-SLOW_FIXTURES = {"compiled_bundle"}
+SLOW_FIXTURES = {"compiled_bundle", "image_bundle", "both_bundle"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,20 +30,6 @@ def _no_settings_from_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     """TDM_* of the person who runs the tests must not reach the code under test."""
     for name in [name for name in os.environ if name.startswith("TDM_")]:
         monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def free_ports() -> Callable[[int], list[int]]:
-    """Ask for n different TCP ports of 127.0.0.1 on which nothing listens."""
-
-    def take(count: int) -> list[int]:
-        with ExitStack() as held:
-            sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-            for one in sockets:
-                one.bind(("127.0.0.1", 0))
-            return [one.getsockname()[1] for one in sockets]
-
-    return take
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -46,14 +45,6 @@ def running_s3(port: int) -> Iterator[subprocess.Popen[bytes]]:
             yield server
         finally:
             server.kill()
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 on which nothing listens."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def files_of(port: int) -> s3fs.S3FileSystem:

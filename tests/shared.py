@@ -36,16 +36,36 @@ def once_per_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Pat
 
 def tiny_bundle(factory: pytest.TempPathFactory) -> Path:
     """A tiny image student's bundle, without compiled code, for batches of 1, 2 and 4."""
-    folder = once_per_run(factory, "tiny", lambda folder: _build(make_tiny_checkpoint(folder / "tiny")))
-    return folder / "bundle"
+
+    def make(folder: Path) -> None:
+        _build(make_tiny_checkpoint(folder / "tiny"), folder / "bundle", "--backends", "eager")
+
+    return once_per_run(factory, "tiny", make) / "bundle"
 
 
-def tiny_video_bundle(factory: pytest.TempPathFactory) -> Path:
+def compiled_bundle(factory: pytest.TempPathFactory) -> Path:
+    """The same student's bundle, compiled for this machine: its workers start without diffusers."""
+
+    def make(folder: Path) -> None:
+        compile_bundle(make_tiny_checkpoint(folder / "tiny"), folder / "bundle")
+
+    return once_per_run(factory, "compiled", make) / "bundle"
+
+
+def compile_bundle(student: Path, out: Path) -> None:
+    """Build with compiled code. Where `out` is the bundle of a student of the same shapes, its code stays."""
+    _build(student, out, "--backends", "aotinductor", "--threads", "1", "--decode-dtype", "float32")
+
+
+def compiled_video_bundle(factory: pytest.TempPathFactory) -> Path:
     """The same of one that draws clips of 9 frames."""
-    folder = once_per_run(factory, "video", lambda folder: _build(make_tiny_cogvideox(folder / "student")))
-    return folder / "bundle"
+
+    def make(folder: Path) -> None:
+        compile_bundle(make_tiny_cogvideox(folder / "student"), folder / "bundle")
+
+    return once_per_run(factory, "video", make) / "bundle"
 
 
-def _build(student: Path) -> None:
-    command = ["build", str(student), "--out", str(student.parent / "bundle"), "--backends", "eager"]
-    subprocess.run([sys.executable, "-m", "engines", *command, "--batches", "1,2,4"], check=True, timeout=900)
+def _build(student: Path, out: Path, *options: str) -> None:
+    command = ["build", str(student), "--out", str(out), *options, "--batches", "1,2,4"]
+    subprocess.run([sys.executable, "-m", "engines", *command], check=True, timeout=900)

@@ -1,11 +1,16 @@
 """What CI makes of failures: one that repeats is red, one that does not is a warning that names its test."""
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.slow
 
 FAILS_ONCE = """
 from pathlib import Path
@@ -29,7 +34,12 @@ def run_ci(folder: Path, *args: str, **files: str) -> "subprocess.CompletedProce
         (folder / "tests" / f"test_{name}.py").write_text(text)
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = ["bash", ".ci/tests", sys.executable, *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    # Of pytest's plugins the one that it is about: each process loads them anew.
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist"}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    } | alone
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_whole_suite_that_passes_is_run_once(tmp_path: Path) -> None:

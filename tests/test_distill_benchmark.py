@@ -217,6 +217,7 @@ def test_benchmark_writes_result_tables_and_chart_and_keeps_other_backbones(tmp_
     assert benchmark.kept_from(out, other) == {}
 
 
+@pytest.mark.slow
 def test_measurement_that_breaks_names_itself() -> None:
     request = Request(backbone="nobody", variant="lora", device="cpu", toy=True)
     with pytest.raises(benchmark.MeasurementError, match=r"nobody, lora(.|\n)*KeyError"):
@@ -240,6 +241,7 @@ def run_of(variant: str, batch_size: int, peak: float | None) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_batch_is_halved_until_it_fits_and_all_are_compared_at_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

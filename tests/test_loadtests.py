@@ -15,10 +15,11 @@ from PIL import Image
 
 from loadtests import bench, worker_start
 from loadtests.client import BadReplyError, Reply
-from loadtests.process import ROOT, ServerProcess, free_port
+from loadtests.process import ROOT, ServerProcess
 from server.errors import all_errors
+from tests.ports import reserve_port
 from tests.server.conftest import poll
-from tests.shared import tiny_bundle, tiny_video_bundle
+from tests.shared import compiled_bundle, compiled_video_bundle, tiny_bundle
 
 # Client errors that one client alone cannot bring about; the server's own tests do.
 NOT_IN_SMOKE = {
@@ -38,19 +39,25 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, compiled."""
+    return compiled_bundle(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
 def video_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of one that draws clips."""
-    return tiny_video_bundle(tmp_path_factory)
+    return compiled_video_bundle(tmp_path_factory)
 
 
 @pytest.fixture
-def server(bundle: Path, video_bundle: Path, tmp_path: Path) -> Iterator[ServerProcess]:
-    port = free_port()
+def server(image_bundle: Path, video_bundle: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+    port = reserve_port()
     environment = {
         "TDM_PORT": str(port),
         "TDM_METRICS_PORT": "0",
         "TDM_DATA_DIR": str(tmp_path / "data"),
-        "TDM_BUNDLES": f"{bundle},{video_bundle}",
+        "TDM_BUNDLES": f"{image_bundle},{video_bundle}",
         "TDM_WORKERS": "1",
     }
     with ServerProcess(["server", "up"], port=port, log=tmp_path / "log", environment=environment) as running:
@@ -87,7 +94,7 @@ def test_smoke_passes_against_a_real_server(server: ServerProcess) -> None:
 
 
 def test_smoke_fails_where_no_server_answers() -> None:
-    assert run_smoke(f"http://127.0.0.1:{free_port()}").returncode != 0
+    assert run_smoke(f"http://127.0.0.1:{reserve_port()}").returncode != 0
 
 
 def test_smoke_asks_for_every_client_error() -> None:
@@ -137,8 +144,8 @@ def test_largest_difference_finds_one_channel_of_one_pixel() -> None:
     assert bench.largest_difference(ours, theirs) == 7
 
 
-def test_start_of_a_worker_is_read_from_what_workers_log(bundle: Path, tmp_path: Path) -> None:
-    found = worker_start.measure(bundle, 2, tmp_path)
+def test_start_of_a_worker_is_read_from_what_workers_log(image_bundle: Path, tmp_path: Path) -> None:
+    found = worker_start.measure(image_bundle, 2, tmp_path)
     assert len(found) == 2
     for ages in (one[kind] for one in found for kind in worker_start.KINDS):
         assert list(ages) == list(worker_start.PHASES)

@@ -14,6 +14,8 @@ from tests.server.conftest import poll
 
 ROOT = Path(__file__).resolve().parent.parent
 
+pytestmark = pytest.mark.slow
+
 # A test that starts a server in a session of its own, which starts another one, and then waits for its end.
 LEAVES_CHILDREN = """
 import pathlib, subprocess, sys

@@ -35,6 +35,7 @@ def outputs_of(folder: Path, batch: int) -> tuple[dict[str, np.ndarray], dict[st
     return dict(zip(names, session.run(names, fed), strict=True)), arrays
 
 
+@pytest.mark.slow
 def test_pack_of_a_student_computes_what_eager_computes(tmp_path: Path) -> None:
     student = make_tiny_checkpoint(tmp_path / "student")
     names = write_pack([student], tmp_path / "pack", [1, 2])

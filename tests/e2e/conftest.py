@@ -9,13 +9,13 @@ import httpx
 import pytest
 
 from tests.e2e.system import System, running
-from tests.shared import tiny_bundle
+from tests.shared import compiled_bundle
 
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny student's bundle, without compiled code: what is tested here is everything around the engine."""
-    return tiny_bundle(tmp_path_factory)
+    """A tiny student's bundle: what is tested here is everything around the engine."""
+    return compiled_bundle(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import TypeVar
 import httpx
 import psutil
 
+from tests.ports import reserve_ports
 from tests.server.conftest import pace
 
 T = TypeVar("T")
@@ -35,25 +35,13 @@ def poll(look: Callable[[], T | None], timeout_s: float = TIMEOUT_S) -> T:
     return found
 
 
-def free_port_pair() -> int:
-    """A port of 127.0.0.1 on which nothing listens, nor on the next one."""
-    for _ in range(100):
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
-    raise AssertionError("no two neighbouring ports are free")
-
-
 class System:
     """One `up` with one worker. Processes are found as descendants, so none is overlooked."""
 
     def __init__(self, data_dir: Path, bundle: Path | str, *, name: str = "up", **settings: object) -> None:
         """Nothing runs before `start`; `name` tells the logs of several on one data directory apart."""
         self.data_dir = data_dir
-        self.metrics_port = free_port_pair()
+        self.metrics_port, _ = reserve_ports(2)  # the api's, and the worker's beside it
         self._log = data_dir / f"{name}.log"
         self._environment = {
             **os.environ,

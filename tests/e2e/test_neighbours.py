@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ import redis
 
 from server.queue.connection import connect
 from tests.e2e.system import System, poll, running, still_running
-from tests.s3_server import BUCKET, environment_of, files_of, free_port, running_s3
+from tests.ports import reserve_port, reserve_ports
+from tests.s3_server import BUCKET, environment_of, files_of, running_s3
 from tests.server.redis_servers import Server, binary_of
 from tests.server.redis_servers import running as running_redis
 
@@ -73,11 +73,11 @@ def test_two_data_directories_are_two_systems(bundle: Path, tmp_path: Path) -> N
 
 
 def test_pictures_lie_in_s3_and_work_goes_on_after_a_failover(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_ports: Callable[[int], list[int]]
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in environment_of(s3_port := free_port()).items():
+    for name, value in environment_of(s3_port := reserve_port()).items():
         monkeypatch.setenv(name, value)
-    first, second, sentinel = free_ports(3)
+    first, second, sentinel = reserve_ports(3)
     binary = binary_of("valkey")
     common = (
         "--bind",

@@ -41,7 +41,7 @@ def test_damaged_bundle_leaves_the_other_one_served(bundle: Path, tmp_path: Path
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
 
     with running(System(tmp_path, f"{other},{bundle}", workers=2)) as system, system.client() as http:
-        assert "other: worker 0 ended with status 2; it is not served" in system.log
+        poll(lambda: "other: worker 0 ended with status 2; it is not served" in system.log)
         assert "model tiny, 1 worker" in system.log
         assert draws(http)
         assert system.end() == 0

@@ -16,7 +16,7 @@ from server.mp4 import boxes
 from server.packing import read_provenance
 from tests.e2e.system import TIMEOUT_S, System, poll, running
 from tests.e2e.test_page import Page, needs_browser, open_page
-from tests.shared import tiny_video_bundle
+from tests.shared import compiled_video_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
@@ -42,7 +42,7 @@ return new Set(new Uint32Array(context.getImageData(0, 0, 32, 32).data.buffer)).
 @pytest.fixture(scope="module")
 def system(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """A system that serves the tiny image model and a tiny one for clips of 9 frames, each by a worker."""
-    bundles = f"{bundle},{tiny_video_bundle(tmp_path_factory)}"
+    bundles = f"{bundle},{compiled_video_bundle(tmp_path_factory)}"
     with running(System(tmp_path_factory.mktemp("videos"), bundles, workers=2)) as system:
         yield system
 

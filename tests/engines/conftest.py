@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ from rich.console import Console
 
 from engines.compile.build import BuildSettings, build_bundle, num_pieces
 from engines.compile.progress import BuildProgress
+from tests import shared
 from tests.engines.tiny import make_tiny_checkpoint
-from tests.shared import once_per_run
 
 BATCH_SIZES = (1, 2, 4)
 
@@ -54,8 +53,4 @@ def eager_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) -
 def compiled_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of such a student compiled for this machine, once for the whole run; do not write to it."""
 
-    def make(folder: Path) -> None:
-        settings = build_settings(make_tiny_checkpoint(folder / "student"), folder / "bundle")
-        build(replace(settings, backends=("aotinductor",)))
-
-    return once_per_run(tmp_path_factory, "compiled", make) / "bundle"
+    return shared.compiled_bundle(tmp_path_factory)

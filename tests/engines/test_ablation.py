@@ -75,6 +75,7 @@ def weights(config: AblationConfig) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_every_variant_is_distilled_and_measured_once(ablation: Path) -> None:
     config = read_ablation(ablation)
     assert [each.name for each in config.runs()] == ["tdm-0", "clean-0", "tdm-1"]

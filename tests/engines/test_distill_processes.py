@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +31,9 @@ from engines.errors import ConfigError
 from engines.noise import seeded_latents
 from tests.engines.test_trainer import PROMPTS, quiet, settings
 from tests.engines.tiny import make_tiny_checkpoint
+from tests.ports import reserve_port
+
+pytestmark = pytest.mark.slow
 
 NUM_PROCESSES = 2
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -83,12 +85,6 @@ with joined("cpu") as world:
 alone, and started again."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def environment() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": root}
@@ -101,7 +97,7 @@ def launched(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--multi_gpu", "--num_processes", str(NUM_PROCESSES), "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", str(free_port()), *arguments),
+        *("--main_process_port", str(reserve_port()), *arguments),
     ]
     with subprocess.Popen(
         command,

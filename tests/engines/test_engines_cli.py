@@ -85,6 +85,7 @@ def test_bad_option_is_refused_by_name(option: str, value: str, capsys: pytest.C
     assert f"argument {option}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_build_reports_progress_line_by_line_and_the_second_build_is_instant(
     tiny_student: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +108,7 @@ def test_build_reports_progress_line_by_line_and_the_second_build_is_instant(
     assert second.stdout.splitlines() == [f"build: {bundle} is up to date", "0 False"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_build_ends_its_compilers_and_cleans_up(
     tiny_student: Path, tmp_path: Path, number: signal.Signals

@@ -430,6 +430,7 @@ def test_too_few_prompts_and_a_missing_judge_are_refused(
         Gate(gate_config({**directories, "judge": tmp_path / "none"}, tmp_path), quiet())
 
 
+@pytest.mark.slow
 def test_command_exits_with_the_verdict(directories: dict[str, Path], tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     add_gate_parser(parser.add_subparsers())

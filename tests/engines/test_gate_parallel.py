@@ -18,6 +18,8 @@ from engines.distill.verdict import Measurement, Row
 from engines.errors import CheckpointError, GateError
 from tests.engines.tiny import make_tiny_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

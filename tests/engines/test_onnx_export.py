@@ -165,6 +165,7 @@ def test_exported_stage_computes_in_float16(
     check_stage(path, module, module, spec, torch.float16)
 
 
+@pytest.mark.slow
 def test_large_weights_lie_in_a_file_of_their_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     module, spec = load(checkpoints["cogvideox"], "cogvideox", "text", torch.float32)
     path = export_onnx(

@@ -267,6 +267,7 @@ def test_old_checkpoints_are_deleted(finished: Path) -> None:
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["00000004", "00000006"]
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_with_the_same_numbers(finished: Path, teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = tmp_path / "run.yaml"

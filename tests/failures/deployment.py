@@ -13,6 +13,7 @@ from server.queue.connection import connect
 from server.queue.leases import class_prefix, stream_of
 from tests.failures.processes import PATIENCE_S, Api, RedisServer, Worker
 from tests.failures.proxy import Proxy
+from tests.ports import reserve_port
 from tests.server.conftest import poll
 
 MODEL = "tiny"
@@ -41,7 +42,7 @@ class Deployment:
         **settings: Any,
     ) -> Api:
         """Start an api process; returns once it answers."""
-        port = _free_port()
+        port = reserve_port()
         environment = self._environment(redis_url, metrics_port=port, **settings)
         api = Api(name, self._folder / name, environment, port, listener)
         self._parts.append(api)
@@ -52,7 +53,7 @@ class Deployment:
 
     def worker(self, name: str = "worker", *, redis_url: str = "", **settings: Any) -> Worker:
         """A worker process that is not started yet."""
-        port = _free_port()
+        port = reserve_port()
         settings = {"bundles": self._bundle, **settings}
         environment = self._environment(redis_url, metrics_port=port - 1, **settings)
         worker = Worker(name, self._folder / name, environment, port)
@@ -133,10 +134,3 @@ class Deployment:
             "OMP_NUM_THREADS": "1",
             **{f"TDM_{name.upper()}": str(value) for name, value in named.items()},
         }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

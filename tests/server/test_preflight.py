@@ -32,11 +32,10 @@ from server.queue.preflight import (
 )
 from server.queue.queue import JobQueue
 from server.queue.routes import Route, Routes
+from tests.ports import reserve_port, reserve_ports
 from tests.server.conftest import MODEL, VERSION, Clock, let_leases_lapse, worker_info
 from tests.server.manifests import make_manifest
 from tests.server.redis_servers import Server, binary_of, running
-
-FreePorts = Callable[[int], list[int]]
 
 
 @pytest.fixture(params=["valkey", "redis"])
@@ -116,10 +115,8 @@ def test_db_that_is_not_there_is_named(server: Server) -> None:
     assert check_server(f"{server.url}?db=15") == []
 
 
-def test_server_in_cluster_mode_is_noticed_at_start(
-    binary: str, tmp_path: Path, free_ports: FreePorts
-) -> None:
-    bus, port = free_ports(2)
+def test_server_in_cluster_mode_is_noticed_at_start(binary: str, tmp_path: Path) -> None:
+    bus, port = reserve_ports(2)
     options = ("--port", str(port), "--cluster-enabled", "yes", "--cluster-port", str(bus))
     with running(binary, tmp_path, *options) as server:
         assert "cluster mode, which is not served" in refusal(server.url)
@@ -156,8 +153,8 @@ def test_version_that_is_new_enough_is_taken(info: dict[str, Any]) -> None:
     refuse_wrong_kind(info, RedisAddress(hosts=(("localhost", 6379),)))
 
 
-def test_nobody_there_is_waited_for_and_then_named(free_ports: FreePorts) -> None:
-    (port,) = free_ports(1)
+def test_nobody_there_is_waited_for_and_then_named() -> None:
+    port = reserve_port()
     told: list[str] = []
 
     with pytest.raises(RedisUnreachableError, match=f"localhost:{port} cannot be reached"):
@@ -204,14 +201,12 @@ class TestTls:
         return folder
 
     @pytest.fixture
-    def start(
-        self, keys: Path, tmp_path: Path, free_ports: FreePorts
-    ) -> Iterator[Callable[[str], tuple[int, int]]]:
+    def start(self, keys: Path, tmp_path: Path) -> Iterator[Callable[[str], tuple[int, int]]]:
         servers: list[Server] = []
 
         def start(auth_clients: str) -> tuple[int, int]:
             """Ports of a server: with TLS, and plain."""
-            tls_port, port = free_ports(2)
+            tls_port, port = reserve_ports(2)
             options = (
                 *("--port", str(port), "--tls-port", str(tls_port), "--appendonly", "yes"),
                 *("--tls-cert-file", str(keys / "server.pem"), "--tls-key-file", str(keys / "server.key")),
@@ -336,10 +331,8 @@ class TestAcl:
 
 
 @pytest.mark.parametrize("role", ["api", "worker", "up"])
-def test_each_role_ends_with_one_line_and_its_status(
-    role: str, tmp_path: Path, free_ports: FreePorts
-) -> None:
-    (port,) = free_ports(1)
+def test_each_role_ends_with_one_line_and_its_status(role: str, tmp_path: Path) -> None:
+    port = reserve_port()
     settings = {
         "port": "0",
         "metrics_port": "0",

@@ -16,6 +16,7 @@ from server.queue.connection import connect
 from server.queue.leases import Settled, WorkerQueue
 from server.queue.preflight import RedisUnreachableError, UnusableRedisError, check_server
 from server.queue.queue import JobQueue
+from tests.ports import reserve_ports
 from tests.server.conftest import MODEL, VERSION, Clock, poll, poll_async, worker_info
 from tests.server.redis_servers import Server, binary_of, running
 
@@ -52,11 +53,9 @@ class Ensemble:
 
 
 @pytest.fixture(params=["valkey", "redis"])
-def ensemble(
-    request: pytest.FixtureRequest, tmp_path: Path, free_ports: Callable[[int], list[int]]
-) -> Iterator[Ensemble]:
+def ensemble(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ensemble]:
     binary = binary_of(request.param)
-    first, second, *ports = free_ports(2 + NUM_SENTINELS)
+    first, second, *ports = reserve_ports(2 + NUM_SENTINELS)
     common = (
         *("--bind", "127.0.0.1", "--appendonly", "yes", "--requirepass", PASSWORD, "--masterauth", PASSWORD),
         *("--repl-diskless-sync-delay", "0"),

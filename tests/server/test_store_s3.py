@@ -9,14 +9,15 @@ import pytest
 import s3fs
 
 from server.store import ResultStore
-from tests.s3_server import BUCKET, environment_of, files_of, free_port, running_s3
+from tests.ports import reserve_port
+from tests.s3_server import BUCKET, environment_of, files_of, running_s3
 
 KEY = "img_1/1-0.png"
 
 
 @pytest.fixture(scope="module")
 def server_port() -> Iterator[int]:
-    port = free_port()
+    port = reserve_port()
     with running_s3(port):
         yield port
 
@@ -103,7 +104,7 @@ def test_many_threads_share_one_store(store: ResultStore) -> None:
 
 
 def test_store_that_is_down_is_an_oserror_for_every_verb(lead_to: Callable[[int], None]) -> None:
-    lead_to(free_port())
+    lead_to(reserve_port())
     store = ResultStore(f"s3://{BUCKET}/some/prefix")
     verbs: list[Callable[[], object]] = [
         store.check,

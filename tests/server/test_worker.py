@@ -804,6 +804,7 @@ def worker_process(
         process.wait()
 
 
+@pytest.mark.slow
 async def test_killed_worker_loses_nothing_and_terminated_one_leaves_in_order(
     queue: JobQueue, settings: WorkerSettings, store: ResultStore, tmp_path: Path
 ) -> None:
