@@ -189,7 +189,7 @@ def _letter_fields(letter: DeadLetter) -> dict[str, Any]:
         "error": asdict(letter.error),
         "when": _when(letter.ended_ms),
         "worker": letter.worker,
-        "request": dict(letter.request),
+        "request": json.loads(letter.request),
     }
 
 

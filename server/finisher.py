@@ -130,7 +130,7 @@ class Finisher:
             self._fail(work, error, JobStatus.FAILED)
             return
         work.timing_ms["store"] = (time.perf_counter() - start) * 1000
-        warnings = self._unheard(work.spec.prompt)
+        warnings = self._unheard(work.job.request.prompt)
         settled = self._patiently(lambda: self._queue.complete(work.job, outputs, work.timing_ms, warnings))
         if settled is Settled.OK:
             self._count_end(work, "done")
@@ -152,6 +152,7 @@ class Finisher:
 
     def _pack(self, work: Work) -> list[Packed]:
         start = time.perf_counter()
+        request = work.job.request
         packed = []
         for index, pixels in enumerate(work.pixels):
             assert pixels is not None, f"sample {index} of {work.job.id} is not drawn"
@@ -159,11 +160,12 @@ class Finisher:
                 model=work.job.model,
                 version=self._version,
                 seed=work.seed(index),
-                num_steps=work.spec.num_steps,
-                prompt_sha256=prompt_hash(work.spec.prompt),
+                num_steps=request.num_steps,
+                prompt_sha256=prompt_hash(request.prompt),
             )
-            spec = work.spec
-            packed.append(pack(pixels, spec.output_format, provenance, quality=spec.quality, fps=spec.fps))
+            packed.append(
+                pack(pixels, request.output_format, provenance, quality=request.quality, fps=request.fps)
+            )
             work.pixels[index] = None  # a video's are large, and the store may take a while
         work.timing_ms["pack"] = (time.perf_counter() - start) * 1000
         return packed
@@ -234,7 +236,7 @@ class Finisher:
 
 
 def _output_ref(work: Work, index: int, key: str, file: Packed) -> OutputRef:
-    bucket = work.spec.bucket
+    bucket = work.job.request.bucket
     return OutputRef(
         key=key,
         content_type=file.content_type,

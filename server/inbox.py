@@ -21,7 +21,7 @@ from server.metrics import Metrics
 from server.queue.errors import QueueError
 from server.queue.leases import Lease, WorkerQueue
 from server.queue.records import UnreadableJobError
-from server.work import Drawing, SampleSpec, Work
+from server.work import Drawing, Work
 
 log = logging.getLogger(__name__)
 
@@ -257,14 +257,10 @@ class Inbox:
             if isinstance(job, UnreadableJobError):
                 self._drop(lease, str(job))
                 continue
-            try:
-                spec = SampleSpec.of(job)
-            except (KeyError, TypeError, ValueError) as error:
-                self._drop(lease, f"unreadable request: {error!r}")
-                continue
-            self._works[job.id] = Work(lease=lease, job=job, spec=spec, leased_ms=self._clock())
-            self._arrivals.observe(job.created_ms, spec.num_samples)
-            self._rows_per_job += 0.2 * (spec.num_samples - self._rows_per_job)
+            num_samples = job.request.num_samples
+            self._works[job.id] = Work(lease=lease, job=job, leased_ms=self._clock())
+            self._arrivals.observe(job.created_ms, num_samples)
+            self._rows_per_job += 0.2 * (num_samples - self._rows_per_job)
         self._unseen = []
         unstarted = sum(not work.started for work in self._works.values())
         self._backlog = int(max(0, waiting - unstarted) * self._rows_per_job)

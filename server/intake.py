@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from engines.bucket import Bucket
 from engines.bundle import Manifest
@@ -27,7 +25,7 @@ from server.errors import (
     TenantFullError,
     UnsupportedParameterError,
 )
-from server.job import fingerprint, new_job
+from server.job import GenerationRequest, fingerprint, new_job
 from server.queue.records import EnqueueStatus
 from server.schemas import DrawingRequest, SampleRequest, VideoRequest
 from server.services import Services
@@ -77,11 +75,11 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
     kind = "video" if isinstance(body, VideoRequest) else "image"
     deadline_ms = round(services.settings.deadline_s(kind) * 1000)
     model = await services.catalog.find(body.model, kind=kind)
-    asked = _canonical(body, model.manifest)
+    request = _complete(body, model.manifest)
     decision = decide(
         model.load,
-        model.batch_ms(bucket_of(asked), asked["num_steps"]),
-        num_samples=asked["n"],
+        model.batch_ms(request.bucket, request.num_steps),
+        num_samples=request.num_samples,
         max_waiting=services.settings.max_queue,
         deadline_ms=deadline_ms,
     )
@@ -91,16 +89,10 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
         raise _refusal(decision, services, model)
 
     now_ms = services.now_ms()
-    seed = secrets.randbelow(MAX_RANDOM_SEED) if body.seed is None else body.seed
     job = new_job(
-        kind=kind,
-        model=model.name,
-        request={**asked, "seed": seed},
-        now_ms=now_ms,
-        deadline_ms=now_ms + deadline_ms,
+        kind=kind, model=model.name, request=request, now_ms=now_ms, deadline_ms=now_ms + deadline_ms
     )
-    # The fingerprint is of what was asked: a repeated request without a seed is still the same request.
-    job = replace(job, fingerprint=fingerprint({**asked, "model": model.name}))
+    job = replace(job, fingerprint=_fingerprint(body, request, model.name))
     with services.metrics.redis_op.labels("enqueue").time():
         result = await services.queue.enqueue(job, idempotency_key=idempotency_key, admit=not decision.reason)
     if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
@@ -119,36 +111,40 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
     )
 
 
-def _canonical(body: SampleRequest, manifest: Manifest) -> dict[str, Any]:
-    """What is asked for, with every default filled in; a seed that was left open stays None.
+def _complete(body: SampleRequest, manifest: Manifest) -> GenerationRequest:
+    """What is asked for, with every default filled in, and a random seed where it was left open.
 
     How the pictures are handed over (`response_format`, `wait_s`, ...) is no part of it.
 
     Raises:
         InvalidRequestError: the model does not offer it.
     """
-    form: dict[str, Any]
+    seed = secrets.randbelow(MAX_RANDOM_SEED) if body.seed is None else body.seed
     if isinstance(body, VideoRequest):
         fps = pick_fps(body.fps, manifest)
-        bucket = pick_video_bucket(body, manifest, fps)
-        form = {"n": 1, "output_format": "mp4", "output_compression": None, "fps": fps}
-    else:
-        assert isinstance(body, DrawingRequest)
-        bucket = pick_bucket(body.size, manifest)
-        form = {
-            "n": body.n,
-            "output_format": body.output_format,
-            "output_compression": body.output_compression,
-        }
-    return {
-        "prompt": body.prompt,
-        "height": bucket.height,
-        "width": bucket.width,
-        "frames": bucket.frames,
-        "seed": body.seed,
-        "num_steps": pick_steps(body.steps, manifest),
-        **form,
-    }
+        return GenerationRequest(
+            prompt=body.prompt,
+            bucket=pick_video_bucket(body, manifest, fps),
+            seed=seed,
+            num_steps=pick_steps(body.steps, manifest),
+            output_format="mp4",
+            fps=fps,
+        )
+    assert isinstance(body, DrawingRequest)
+    return GenerationRequest(
+        prompt=body.prompt,
+        num_samples=body.n,
+        bucket=pick_bucket(body.size, manifest),
+        seed=seed,
+        num_steps=pick_steps(body.steps, manifest),
+        output_format=body.output_format,
+        quality=body.output_compression,
+    )
+
+
+def _fingerprint(body: SampleRequest, request: GenerationRequest, model: str) -> str:
+    """Of what was asked: a repeated request without a seed is still the same request."""
+    return fingerprint(request, model=model, seed_given=body.seed is not None)
 
 
 async def _is_same(services: Services, body: SampleRequest, holder_id: str | None) -> bool:
@@ -160,15 +156,10 @@ async def _is_same(services: Services, body: SampleRequest, holder_id: str | Non
     if holder is None or model is None or (holder.kind == "video") != isinstance(body, VideoRequest):
         return False
     try:
-        asked = _canonical(body, model.manifest)
+        request = _complete(body, model.manifest)
     except InvalidRequestError:
         return False
-    return fingerprint({**asked, "model": model.name}) == holder.fingerprint
-
-
-def bucket_of(request: Mapping[str, Any]) -> Bucket:
-    """The bucket of a job's request."""
-    return Bucket(request["height"], request["width"], request.get("frames") or 1)
+    return _fingerprint(body, request, model.name) == holder.fingerprint
 
 
 def pick_bucket(size: str, manifest: Manifest) -> Bucket:
@@ -241,7 +232,7 @@ def _buckets_of_size(size: str, manifest: Manifest) -> list[Bucket]:
 
 def sizes_of(manifest: Manifest) -> list[str]:
     """Every `WIDTHxHEIGHT` of a model, its own first."""
-    return list(dict.fromkeys(f"{bucket.width}x{bucket.height}" for bucket in manifest.buckets))
+    return list(dict.fromkeys(bucket.size for bucket in manifest.buckets))
 
 
 def pick_steps(steps: int | None, manifest: Manifest) -> int:

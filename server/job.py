@@ -1,7 +1,7 @@
 """Job: one accepted request, from enqueue to its single final answer. Pure data: no Redis, no torch, no HTTP.
 
-A job asks for `n` samples. What a sample is (an image, a video) is known to the model that draws it, and to
-the `OutputRef`s that come back; nothing here or in the queue assumes that it is one, or an image.
+A job asks for one or more samples. What a sample is (an image, a video) is known to the model that draws it,
+and to the `OutputRef`s that come back; nothing here or in the queue assumes that it is one, or an image.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from engines.bucket import Bucket
 
 MAX_SEED = 2**63
 ID_PREFIX = {"image": "img", "video": "vid"}
@@ -42,6 +44,31 @@ class Priority(StrEnum):
     HIGH = "high"
     NORMAL = "normal"
     LOW = "low"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What a job is to generate: what was asked for, with every default filled in.
+
+    Made once, when a request is submitted. From then on nobody asks again whether a model serves it.
+
+    Attributes:
+        num_samples: at least 1. Sample `i` is generated with `sample_seed(seed, i)`.
+        bucket: height and width in pixels, and number of frames.
+        num_steps: denoiser calls per sample.
+        output_format: png, jpeg, webp or mp4.
+        quality: 0 to 100 for jpeg and webp; None leaves it to the packer.
+        fps: frames per second of a video; None for images.
+    """
+
+    prompt: str
+    num_samples: int = 1
+    bucket: Bucket
+    seed: int
+    num_steps: int
+    output_format: str
+    quality: int | None = None
+    fps: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +106,7 @@ class Job:
         id: `img_…` or `vid_…` from `new_job_id`.
         kind: "image" or "video".
         model: bundle name; also the queue class.
-        request: canonical request: prompt, n, height, width, frames, seed, num_steps, output_format,
-            output_compression, for a video fps. Sample `i` is drawn with `sample_seed(seed, i)`.
-        fingerprint: `fingerprint(request)`; the same idempotency key with another fingerprint is a mismatch.
+        fingerprint: of the request; the same idempotency key with another fingerprint is a mismatch.
         attempt: how often a worker has started it.
         deadline_ms: unix ms after which it is failed with code `deadline` instead of started.
         progress: 0..100, denoising steps done.
@@ -95,7 +120,7 @@ class Job:
     id: str
     kind: str
     model: str
-    request: Mapping[str, Any]
+    request: GenerationRequest
     fingerprint: str
     created_ms: int
     deadline_ms: int
@@ -121,9 +146,32 @@ class Job:
         return self.status in TERMINAL
 
 
-def fingerprint(request: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the canonical JSON of a request: key order and spacing do not matter."""
-    canonical = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def fingerprint(request: GenerationRequest, *, model: str | None = None, seed_given: bool = True) -> str:
+    """sha256 (hex) of what is asked for: two requests that differ in it are not the same.
+
+    Spelled out field by field: it must stay what it is, however requests are stored.
+
+    Args:
+        request: of a job.
+        model: the one that was asked, if it is to count.
+        seed_given: False for a seed that was drawn for the request: asking again without one is the same.
+    """
+    asked: dict[str, Any] = {
+        "prompt": request.prompt,
+        "n": request.num_samples,
+        "height": request.bucket.height,
+        "width": request.bucket.width,
+        "frames": request.bucket.frames,
+        "seed": request.seed if seed_given else None,
+        "num_steps": request.num_steps,
+        "output_format": request.output_format,
+        "output_compression": request.quality,
+    }
+    if request.fps is not None:
+        asked["fps"] = request.fps
+    if model is not None:
+        asked["model"] = model
+    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -158,7 +206,7 @@ def new_job(
     *,
     kind: str,
     model: str,
-    request: Mapping[str, Any],
+    request: GenerationRequest,
     now_ms: int,
     deadline_ms: int,
     priority: Priority = Priority.NORMAL,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from server.errors import (
     ApiError,
@@ -43,11 +43,6 @@ FAILURES: dict[str, type[ApiError]] = {
 
 ContentUrl = Callable[[str, int], str]
 """Job id and index of the image -> absolute URL of its bytes."""
-
-
-def size_of(request: Mapping[str, int]) -> str:
-    """`WIDTHxHEIGHT` of a job's request."""
-    return f"{request['width']}x{request['height']}"
 
 
 def seconds_of(frames: int, fps: int) -> str:
@@ -102,12 +97,12 @@ def image_job(
         progress=100 if job.status is JobStatus.DONE else job.progress,
         queue_position=queue_position if waiting else None,
         eta_s=None if job.finished or eta_ms is None else round(eta_ms / 1000, 3),
-        prompt=request["prompt"],
-        n=request["n"],
-        size=size_of(request),
-        seed=request["seed"],
-        steps=request["num_steps"],
-        output_format=request["output_format"],
+        prompt=request.prompt,
+        n=request.num_samples,
+        size=request.bucket.size,
+        seed=request.seed,
+        steps=request.num_steps,
+        output_format=request.output_format,
         data=[] if expired else image_data(job, content_url, images_b64),
         warnings=list(job.warnings),
         timing_ms=timing_of(job),
@@ -126,6 +121,7 @@ def video_job(
 ) -> VideoJob:
     """A job as `GET /v1/videos/{id}` shows it; arguments as of `image_job`, and the URL of its file."""
     request = job.request
+    assert request.fps is not None, f"video job {job.id} without frames per second"
     done = job.status is JobStatus.DONE and not expired
     over_ms = job.deleted_ms if job.status is JobStatus.DONE else None
     if over_ms is None and job.finished_ms is not None:
@@ -137,18 +133,18 @@ def video_job(
         model=job.model,
         version=job.version,
         progress=100 if job.status is JobStatus.DONE else job.progress,
-        seconds=seconds_of(request["frames"], request["fps"]),
-        size=size_of(request),
-        prompt=request["prompt"],
+        seconds=seconds_of(request.bucket.frames, request.fps),
+        size=request.bucket.size,
+        prompt=request.prompt,
         completed_at=None if job.finished_ms is None else job.finished_ms // 1000,
         expires_at=None if over_ms is None else over_ms // 1000,
         error=_error_view(job),
         url=url if done else None,
         size_bytes=job.outputs[0].size_bytes if done else None,
-        frames=request["frames"],
-        fps=request["fps"],
-        seed=request["seed"],
-        steps=request["num_steps"],
+        frames=request.bucket.frames,
+        fps=request.fps,
+        seed=request.seed,
+        steps=request.num_steps,
         queue_position=queue_position if job.status is JobStatus.QUEUED else None,
         eta_s=None if job.finished or eta_ms is None else round(eta_ms / 1000, 3),
         warnings=list(job.warnings),
@@ -163,13 +159,13 @@ def generations_response(
     return GenerationsResponse(
         created=job.created_ms // 1000,
         data=image_data(job, content_url, images_b64),
-        output_format=job.request["output_format"],
-        size=size_of(job.request),
+        output_format=job.request.output_format,
+        size=job.request.bucket.size,
         id=job.id,
         model=job.model,
         version=job.version,
-        seed=job.request["seed"],
-        steps=job.request["num_steps"],
+        seed=job.request.seed,
+        steps=job.request.num_steps,
         warnings=list(job.warnings),
         timing_ms=timing_of(job),
     )

@@ -7,44 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bucket import Bucket
 from server.batching import Row
 from server.job import Job, sample_seed
 from server.queue.leases import Lease
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleSpec:
-    """What a worker reads from `Job.request`; the api process has checked that the model serves it."""
-
-    prompt: str
-    num_samples: int
-    bucket: Bucket
-    seed: int
-    num_steps: int
-    output_format: str
-    quality: int | None
-    fps: int | None
-
-    @classmethod
-    def of(cls, job: Job) -> SampleSpec:
-        """Read a job's request.
-
-        Raises:
-            KeyError, TypeError, ValueError: something is missing or is no number.
-        """
-        request = job.request
-        quality, fps = request.get("output_compression"), request.get("fps")
-        return cls(
-            prompt=str(request["prompt"]),
-            num_samples=max(1, int(request["n"])),
-            bucket=Bucket(int(request["height"]), int(request["width"]), int(request.get("frames") or 1)),
-            seed=int(request["seed"]),
-            num_steps=int(request["num_steps"]),
-            output_format=str(request["output_format"]),
-            quality=None if quality is None else int(quality),
-            fps=None if fps is None else int(fps),
-        )
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -62,7 +27,6 @@ class Work:
 
     lease: Lease
     job: Job
-    spec: SampleSpec
     leased_ms: int
     started: bool = False
     ended: bool = False
@@ -71,7 +35,7 @@ class Work:
     timing_ms: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.pixels = [None] * self.spec.num_samples
+        self.pixels = [None] * self.job.request.num_samples
 
     def start(self, job: Job, now_ms: int) -> None:
         """Its attempt begins: `job` as it now runs."""
@@ -88,7 +52,7 @@ class Work:
     @property
     def drawn(self) -> bool:
         """Every sample's pixels are there."""
-        return self.num_drawn == self.spec.num_samples
+        return self.num_drawn == self.job.request.num_samples
 
     @property
     def alone(self) -> bool:
@@ -97,7 +61,7 @@ class Work:
 
     def seed(self, index: int) -> int:
         """Seed of sample `index`."""
-        return sample_seed(self.spec.seed, index)
+        return sample_seed(self.job.request.seed, index)
 
     def rows(self) -> list[Row]:
         """The samples that no batch has had yet."""
@@ -105,12 +69,12 @@ class Work:
             Row(
                 job_id=self.job.id,
                 index=index,
-                bucket=self.spec.bucket,
-                num_steps=self.spec.num_steps,
+                bucket=self.job.request.bucket,
+                num_steps=self.job.request.num_steps,
                 deadline_ms=self.job.deadline_ms,
                 alone=self.alone,
             )
-            for index in range(self.num_assigned, self.spec.num_samples)
+            for index in range(self.num_assigned, self.job.request.num_samples)
         ]
 
 

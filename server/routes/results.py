@@ -18,7 +18,6 @@ from server.errors import (
     StoreUnavailableError,
 )
 from server.expiry import is_over
-from server.intake import bucket_of
 from server.job import Job, JobStatus, OutputRef
 from server.services import Services
 from server.views import etag_of, failure_of
@@ -68,7 +67,7 @@ async def is_expired(services: Services, job: Job) -> bool:
 def expired(job: Job) -> ResultExpiredError:
     """What is said of results that are gone."""
     return ResultExpiredError(
-        f"the {job.kind}s of job {job.id} are no longer kept; draw them again with seed {job.request['seed']}"
+        f"the {job.kind}s of job {job.id} are no longer kept; draw them again with seed {job.request.seed}"
     )
 
 
@@ -79,8 +78,8 @@ async def eta_of(services: Services, job: Job, position: int | None) -> float | 
         return None
     return predict_eta_ms(
         model.load,
-        model.batch_ms(bucket_of(job.request), job.request["num_steps"]),
-        num_samples=job.request["n"],
+        model.batch_ms(job.request.bucket, job.request.num_steps),
+        num_samples=job.request.num_samples,
         ahead=0 if position is None else position + model.stats.running,
     )
 

@@ -87,52 +87,52 @@ class Worker:
 
     def finish(self, job: Job) -> Job:
         """Store a plain picture for each sample, or a plain video, and complete the job."""
-        request = job.request
+        request, bucket = job.request, job.request.bucket
         if job.kind == "video":
             return self._finish_video(job)
         outputs = []
-        for index in range(request["n"]):
+        for index in range(request.num_samples):
             packed = io.BytesIO()
-            image = Image.new("RGB", (request["width"], request["height"]), (255, 40 * index, 0))
-            image.save(packed, request["output_format"])
-            key = f"results/{job.id}/{job.attempt}-{index}.{request['output_format']}"
-            media_type = MEDIA_TYPES[request["output_format"]]
+            image = Image.new("RGB", (bucket.width, bucket.height), (255, 40 * index, 0))
+            image.save(packed, request.output_format)
+            key = f"results/{job.id}/{job.attempt}-{index}.{request.output_format}"
+            media_type = MEDIA_TYPES[request.output_format]
             self.store.put(key, packed.getvalue(), media_type)
             outputs.append(
                 OutputRef(
                     key=key,
                     content_type=media_type,
                     size_bytes=len(packed.getvalue()),
-                    width=request["width"],
-                    height=request["height"],
+                    width=bucket.width,
+                    height=bucket.height,
                     frames=1,
-                    seed=sample_seed(request["seed"], index),
+                    seed=sample_seed(request.seed, index),
                 )
             )
         self.settled = self.queue.complete(job, outputs, TIMING)
         return job
 
     def _finish_video(self, job: Job) -> Job:
-        request = job.request
-        frames = np.full((request["frames"], request["height"], request["width"], 3), 90, np.uint8)
+        request, bucket = job.request, job.request.bucket
+        frames = np.full((bucket.frames, bucket.height, bucket.width, 3), 90, np.uint8)
         provenance = Provenance(
             model=job.model,
             version="0123456789ab",
-            seed=request["seed"],
-            num_steps=request["num_steps"],
-            prompt_sha256=prompt_hash(request["prompt"]),
+            seed=request.seed,
+            num_steps=request.num_steps,
+            prompt_sha256=prompt_hash(request.prompt),
         )
-        packed = pack(frames, "mp4", provenance, fps=request["fps"])
+        packed = pack(frames, "mp4", provenance, fps=request.fps)
         key = f"{job.id}/{job.attempt}-0.mp4"
         self.store.put(key, packed.data, packed.content_type)
         output = OutputRef(
             key=key,
             content_type=packed.content_type,
             size_bytes=len(packed.data),
-            width=request["width"],
-            height=request["height"],
-            frames=request["frames"],
-            seed=request["seed"],
+            width=bucket.width,
+            height=bucket.height,
+            frames=bucket.frames,
+            seed=request.seed,
         )
         self.settled = self.queue.complete(job, [output], TIMING)
         return job

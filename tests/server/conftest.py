@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import pytest
 import redis
 
-from server.job import Job, Priority, new_job
+from engines.bucket import Bucket
+from server.job import GenerationRequest, Job, Priority, new_job
 from server.queue.connection import connect
 from server.queue.embedded import EmbeddedValkey, die_with_parent
 from server.queue.leases import GROUP, WorkerQueue
@@ -173,7 +174,7 @@ def new(clock: Clock) -> Callable[..., Job]:
         return new_job(
             kind=kind,
             model=MODEL,
-            request={"prompt": prompt, "n": 1, "seed": 7, **request},
+            request=request_of(prompt, fps=8 if kind == "video" else None, **request),
             now_ms=clock.now_ms,
             deadline_ms=clock.now_ms + int(deadline_s * 1000),
             tenant=tenant,
@@ -181,6 +182,12 @@ def new(clock: Clock) -> Callable[..., Job]:
         )
 
     return make
+
+
+def request_of(prompt: str, **request: Any) -> GenerationRequest:
+    """A request as the api makes it."""
+    plain: dict[str, Any] = {"bucket": Bucket(64, 64), "seed": 7, "num_steps": 4, "output_format": "png"}
+    return GenerationRequest(prompt=prompt, **{**plain, **request})
 
 
 def worker_info(name: str, *, max_batch: int = 8, version: str = VERSION, **offer: Any) -> WorkerInfo:

@@ -14,6 +14,7 @@ from server.queue.dead import DeadLetter, DeadLetters, Retried
 from server.queue.embedded import EmbeddedValkey
 from server.queue.leases import MAX_ATTEMPTS, WorkerQueue
 from server.queue.queue import JobQueue
+from server.queue.records import dump_request, load_request
 from tests.server.conftest import MODEL, Clock, let_leases_lapse
 
 NewJob = Callable[..., Job]
@@ -60,7 +61,7 @@ async def test_letter_says_what_died_and_why(letters: DeadLetters, kill: Callabl
     assert (letter.job_id, letter.model, letter.kind) == (job.id, MODEL, "image")
     assert (letter.tenant, letter.priority, letter.attempts) == ("t1", Priority.HIGH, MAX_ATTEMPTS)
     assert (letter.error, letter.ended_ms, letter.worker) == (job.error, clock.now_ms, job.worker)
-    assert letter.request == job.request
+    assert load_request(letter.request) == job.request
 
 
 async def test_letters_come_oldest_first_and_all_of_them(
@@ -179,7 +180,11 @@ async def test_commands_list_and_show(command: Command, kill: Callable, clock: C
     assert all(text in out for text in (job.id, MODEL, "t1", "3", "poison", "2027-01-15T08:00:00"))
     status, out, _ = command("list", "--json")
     (letter,) = json.loads(out)
-    assert (letter["id"], letter["request"], letter["error"]["code"]) == (job.id, job.request, "poison")
+    assert (letter["id"], letter["request"], letter["error"]["code"]) == (
+        job.id,
+        json.loads(dump_request(job.request)),
+        "poison",
+    )
     status, out, _ = command("show", job.id)
     assert status == 0
     assert "ein roter Würfel" in out

@@ -44,7 +44,7 @@ from server.queue.queue import DEADLINE_GRACE_MS, JobQueue
 from server.queue.records import EnqueueStatus, load_job
 from server.queue.scripts import script
 from server.store import ResultStore
-from tests.server.conftest import MODEL, Clock, worker_info
+from tests.server.conftest import MODEL, Clock, request_of, worker_info
 
 EXAMPLES = int(os.environ.get("QUEUE_MODEL_EXAMPLES", "100"))
 STEPS = 50
@@ -173,7 +173,7 @@ class QueueMachine(RuleBasedStateMachine):
         job = new_job(
             kind=kind,
             model=MODEL,
-            request={"prompt": body},
+            request=request_of(body, fps=8 if kind == "video" else None),
             now_ms=self.clock.now_ms,
             deadline_ms=self.clock.now_ms + deadline_s * 1000,
             priority=priority,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import redis
 
+from engines.bucket import Bucket
 from server.catalog import Catalog
 from server.job import Job, JobStatus
 from server.queue.leases import Lease, Settled, WorkerQueue, stream_of
@@ -249,7 +250,6 @@ def test_route_reads_back_as_it_was(routes: Routes) -> None:
 async def test_jobs_go_to_the_version_that_draws_them(
     queue: JobQueue, routes: Routes, new: NewJob, redis_url: str, clock: Clock
 ) -> None:
-    small = {"height": 64, "width": 64, "num_steps": 4}
     offers: dict[str, dict[str, Any]] = {
         OLD: {"buckets": ("64x64", "96x64"), "num_steps": (1, 4)},
         NEW: {"buckets": ("64x64", "32x32x9"), "num_steps": (4,)},
@@ -260,13 +260,13 @@ async def test_jobs_go_to_the_version_that_draws_them(
         worker.beat(worker_info(version, version=version, **offer), "{}")
         workers[version] = worker
     route = decide(routes, base=OLD, next=NEW, share=100)
-    tall, quick = new(**{**small, "height": 96}), new(**{**small, "num_steps": 1})
-    clip, common = new(height=32, width=32, num_steps=4, frames=9), new(**small, frames=None)
+    tall, quick = new(bucket=Bucket(96, 64)), new(num_steps=1)
+    clip, common = new(bucket=Bucket(32, 32, 9)), new()
     await enqueue(queue, [tall, quick, clip, common])
     assert draw(workers[OLD]) == [tall.id, quick.id]
     assert draw(workers[NEW]) == [clip.id, common.id]
 
-    left = await enqueue(queue, [new(**{**small, "height": 96}), new(**small)])
+    left = await enqueue(queue, [new(bucket=Bucket(96, 64)), new()])
     new_only = make_manifest(MODEL, buckets=["64x64"], num_steps=[4])
     assert routes.stranded(MODEL, new_only) == 1
     decide(routes, base=NEW, next="", share=0, rev=route.rev)

@@ -14,7 +14,8 @@ import httpx2
 import openai
 import pytest
 
-from server.job import Job
+from engines.bucket import Bucket
+from server.job import GenerationRequest, Job
 from server.packing import prompt_hash, read_provenance
 from server.queue.connection import connect
 from server.queue.leases import Settled
@@ -546,18 +547,16 @@ async def test_job_says_what_the_worker_must_know(api: Api, worker: Worker) -> N
     (job,) = worker.jobs()
     assert isinstance(job, Job)
     assert (job.kind, job.id[:4]) == ("video", "vid_")
-    assert dict(job.request) == {
-        "prompt": "a red cube",
-        "n": 1,
-        "height": 32,
-        "width": 32,
-        "frames": 17,
-        "seed": 3,
-        "num_steps": 4,
-        "output_format": "mp4",
-        "output_compression": None,
-        "fps": 8,
-    }
+    assert job.request == GenerationRequest(
+        prompt="a red cube",
+        num_samples=1,
+        bucket=Bucket(32, 32, 17),
+        seed=3,
+        num_steps=4,
+        output_format="mp4",
+        quality=None,
+        fps=8,
+    )
 
 
 async def test_openapi_describes_videos(api: Api) -> None:

@@ -4,6 +4,7 @@ The engine is the real pipeline over a tiny random student; `ObservedPipeline` a
 """
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -44,7 +45,14 @@ from server.settings import WorkerSettings
 from server.store import ResultStore
 from server.worker import EXIT_ENGINE_LOST, EXIT_OK, load_pipeline, serve
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
-from tests.server.conftest import VERSION, let_leases_lapse, poll, poll_async, worker_info
+from tests.server.conftest import (
+    VERSION,
+    let_leases_lapse,
+    poll,
+    poll_async,
+    request_of,
+    worker_info,
+)
 
 MODEL = "tiny"
 MAX_BATCH = 4
@@ -237,33 +245,14 @@ def start_worker(
 
 def job_of(prompt: str, *, seed: int = 7, n: int = 1, deadline_s: float = 600, **request: Any) -> Job:
     now_ms = system_now_ms()
-    full = {
-        "prompt": prompt,
-        "n": n,
-        "height": 64,
-        "width": 64,
-        "seed": seed,
-        "num_steps": 4,
-        "output_format": "png",
-        **request,
-    }
+    full = request_of(prompt, num_samples=n, seed=seed, **request)
     deadline_ms = now_ms + int(deadline_s * 1000)
     return new_job(kind="image", model=MODEL, request=full, now_ms=now_ms, deadline_ms=deadline_ms)
 
 
 def clip_of(prompt: str, *, seed: int = 7, num_steps: int = 4) -> Job:
-    request = {
-        "prompt": prompt,
-        "n": 1,
-        "height": 32,
-        "width": 32,
-        "frames": 9,
-        "seed": seed,
-        "num_steps": num_steps,
-        "output_format": "mp4",
-        "output_compression": None,
-        "fps": 8,
-    }
+    clip = Bucket(32, 32, 9)
+    request = request_of(prompt, bucket=clip, seed=seed, num_steps=num_steps, output_format="mp4", fps=8)
     now_ms = system_now_ms()
     return new_job(
         kind="video", model="tiny-cogvideox", request=request, now_ms=now_ms, deadline_ms=now_ms + 600_000
@@ -485,13 +474,20 @@ async def test_sample_that_does_not_fit_by_itself_fails_with_that_reason(
 
 
 async def test_request_that_cannot_be_read_fails_and_the_next_is_served(
-    queue: JobQueue, start_worker: Callable[[], RunningWorker]
+    queue: JobQueue, start_worker: Callable[[], RunningWorker], settings: WorkerSettings
 ) -> None:
-    broken, fine = job_of("a", height="tall"), job_of("b")
+    broken, fine = job_of("a"), job_of("b")
     await enqueue(queue, broken, fine)
+    client = connect(settings.redis_url)
+    key = f"q:{{{broken.model}}}:j:{broken.id}"
+    client.hset(key, "req", str(client.hget(key, "req")).replace('"height":64', '"height":"tall"'))
     start_worker()
-    assert code_of(await ended(queue, broken)) == "invalid_request"
     assert (await ended(queue, fine)).status is JobStatus.DONE
+    poll(lambda: client.hget(key, "st") == "failed")
+    error = json.loads(str(client.hget(key, "err")))
+    assert error["code"] == "invalid_request"
+    assert "tall" in error["message"]
+    client.close()
 
 
 async def test_record_of_another_version_fails_that_job_and_the_next_is_served(
@@ -512,7 +508,7 @@ async def test_record_of_another_version_fails_that_job_and_the_next_is_served(
 async def test_size_that_the_bundle_does_not_have_fails_alone(
     queue: JobQueue, start_worker: Callable[[], RunningWorker]
 ) -> None:
-    wide, fine = job_of("a", width=512), job_of("b")
+    wide, fine = job_of("a", bucket=Bucket(64, 512)), job_of("b")
     await enqueue(queue, wide, fine)
     start_worker()
     assert code_of(await ended(queue, wide)) == "generation_failed"
@@ -727,7 +723,7 @@ async def test_stopping_worker_finishes_its_batch_and_leaves_the_rest_queued(
     worker.stopping.set()
     pipeline.release()
     assert worker.join() == EXIT_OK
-    statuses = {job.request["prompt"]: job.status for job in [await queue.get(job.id) for job in jobs] if job}
+    statuses = {job.request.prompt: job.status for job in [await queue.get(job.id) for job in jobs] if job}
     assert len(pipeline.batches) == 1
     drawn = set(pipeline.batches[0])
     assert {prompt for prompt, status in statuses.items() if status is JobStatus.DONE} == drawn
