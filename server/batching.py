@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Generic, Protocol, TypeVar
 
 from engines.bucket import Bucket
 
@@ -38,28 +39,43 @@ TICK_MS = 1.0
 MAX_BATCHES_AHEAD = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One sample of a leased job that waits to be drawn.
+class Batchable(Protocol):
+    """What the policy asks of a leased job."""
 
-    Attributes:
-        index: which of the job's samples.
-        alone: the job has already been running when a worker died, and shares no batch with others again.
-    """
+    @property
+    def bucket(self) -> Bucket:
+        """Only rows of one bucket run together."""
 
-    job_id: str
-    index: int
-    bucket: Bucket
-    num_steps: int
-    deadline_ms: int
-    alone: bool = False
+    @property
+    def num_steps(self) -> int:
+        """Denoiser calls per sample."""
+
+    @property
+    def deadline_ms(self) -> int:
+        """Unix ms after which the job is not started."""
+
+    @property
+    def alone(self) -> bool:
+        """It has been running when a worker died, and shares no batch with others again."""
+
+
+J = TypeVar("J", bound=Batchable)
+J_co = TypeVar("J_co", bound=Batchable, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class Row(Generic[J_co]):
+    """One sample of a leased job, waiting or in a batch: sample `index` of it."""
+
+    leased_job: J_co
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run(Generic[J_co]):
     """Draw these rows now, as one batch."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Row[J_co], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +86,7 @@ class Wait:
 
 
 def decide(
-    rows: Sequence[Row],
+    rows: Sequence[Row[J]],
     *,
     now_ms: float,
     waited_ms: float,
@@ -79,7 +95,7 @@ def decide(
     backlog: int,
     max_batch: int,
     cost_ms: CostModel,
-) -> Run | Wait:
+) -> Run[J] | Wait:
     """What an idle engine does next.
 
     Args:
@@ -92,19 +108,20 @@ def decide(
         max_batch: most rows that run together, in the first row's bucket.
         cost_ms: the cost curve.
     """
-    first = rows[0]
+    first = rows[0].leased_job
     if first.alone:
-        return Run(tuple(row for row in rows if row.job_id == first.job_id)[:max_batch])
-    fitting = [row for row in rows if row.bucket == first.bucket and not row.alone]
-    num_steps = max(row.num_steps for row in fitting[:max_batch])
+        return Run(tuple(row for row in rows if row.leased_job is first)[:max_batch])
+    bucket = first.bucket
+    fitting = [row for row in rows if row.leased_job.bucket == bucket and not row.leased_job.alone]
+    num_steps = max(row.leased_job.num_steps for row in fitting[:max_batch])
 
     def cost(batch: int) -> float:
-        return cost_ms(first.bucket, num_steps, batch)
+        return cost_ms(bucket, num_steps, batch)
 
     batch = tuple(fitting[: best_batch(len(fitting) + backlog, max_batch, rows_per_ms, cost)])
     if backlog or len(batch) == max_batch or len(batch) < len(fitting):
         return Run(batch)  # whoever could join is here or held by another worker: nobody to wait for
-    slack_ms = min(row.deadline_ms for row in batch) - now_ms - cost(len(batch) + 1)
+    slack_ms = min(row.leased_job.deadline_ms for row in batch) - now_ms - cost(len(batch) + 1)
     patience_ms = min(cost(1) - waited_ms, slack_ms)  # nobody is held back longer than one picture takes
     wait_ms = best_wait(len(batch), next_ms, rows_per_ms, cost)
     return Wait(wait_ms) if 0 < wait_ms <= patience_ms else Run(batch)

@@ -17,7 +17,7 @@ from server.packing import Packed, Provenance, pack, prompt_hash
 from server.queue.errors import QueueError
 from server.queue.leases import Settled, WorkerQueue
 from server.store import ResultStore
-from server.work import Work
+from server.work import LeasedJob
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +71,14 @@ class Finisher:
         self._room = threading.BoundedSemaphore(max_pending)
         self._unfinished: set[Future[None]] = set()
 
-    def finish(self, work: Work) -> None:
+    def finish(self, leased: LeasedJob) -> None:
         """Pack, store and complete a job whose samples are all drawn."""
-        self._submit(work, lambda: self._finish(work))
+        self._submit(leased, lambda: self._finish(leased))
 
-    def fail(self, work: Work, error: JobError, status: JobStatus = JobStatus.FAILED) -> None:
+    def fail(self, leased: LeasedJob, error: JobError, status: JobStatus = JobStatus.FAILED) -> None:
         """End a job without results."""
-        work.ended = True
-        self._submit(work, lambda: self._fail(work, error, status))
+        leased.ended = True
+        self._submit(leased, lambda: self._fail(leased, error, status))
 
     def settle(self) -> None:
         """Return when every job handed over so far has ended. For the thread that hands them over."""
@@ -90,13 +90,13 @@ class Finisher:
         """Return when every job handed over has ended."""
         self._pool.shutdown(wait=True)
 
-    def _submit(self, work: Work, end: Callable[[], None]) -> None:
+    def _submit(self, leased: LeasedJob, end: Callable[[], None]) -> None:
         while not self._room.acquire(timeout=1.0):
             self._heartbeat.pulse()  # the engine waits for us, it does not hang
         self._unfinished = {future for future in self._unfinished if not future.done()}
-        self._unfinished.add(self._pool.submit(self._guarded, work, end))
+        self._unfinished.add(self._pool.submit(self._guarded, leased, end))
 
-    def _guarded(self, work: Work, end: Callable[[], None]) -> None:
+    def _guarded(self, leased: LeasedJob, end: Callable[[], None]) -> None:
         """Run `end` so that whatever it raises leaves the job ended, or to another worker."""
         try:
             try:
@@ -104,70 +104,71 @@ class Finisher:
             except QueueError:
                 raise
             except Exception:  # the pool would swallow it, and the heartbeat keep the job for ever
-                log.exception("job could not be finished", extra={"job_id": work.job.id})
+                log.exception("job could not be finished", extra={"job_id": leased.job.id})
                 error = JobError(code="internal", message="the finished samples could not be packed")
-                self._fail(work, error, JobStatus.FAILED)
+                self._fail(leased, error, JobStatus.FAILED)
         except QueueError as error:
             log.warning("left to another worker, as Redis does not answer: %s", error)
         finally:
-            self._heartbeat.release([work.lease])
+            self._heartbeat.release([leased.lease])
             self._room.release()
 
-    def _finish(self, work: Work) -> None:
-        packed = self._pack(work)
+    def _finish(self, leased: LeasedJob) -> None:
+        packed = self._pack(leased)
         start = time.perf_counter()
         store_until = time.monotonic() + self._store_patience_s
         outputs: list[OutputRef] = []
         try:
             for index, file in enumerate(packed):
-                key = f"{work.job.id}/{work.job.attempt}-{index}.{file.suffix}"
+                key = f"{leased.job.id}/{leased.job.attempt}-{index}.{file.suffix}"
                 self._put(key, file, store_until)
-                outputs.append(_output_ref(work, index, key, file))
+                outputs.append(_output_ref(leased, index, key, file))
         except OSError:
-            log.exception("result not stored", extra={"job_id": work.job.id})
+            log.exception("result not stored", extra={"job_id": leased.job.id})
             self._discard(outputs)
             error = JobError(code="storage", message="the result store does not answer")
-            self._fail(work, error, JobStatus.FAILED)
+            self._fail(leased, error, JobStatus.FAILED)
             return
-        work.timing_ms["store"] = (time.perf_counter() - start) * 1000
-        warnings = self._unheard(work.job.request.prompt)
-        settled = self._patiently(lambda: self._queue.complete(work.job, outputs, work.timing_ms, warnings))
+        leased.timing_ms["store"] = (time.perf_counter() - start) * 1000
+        warnings = self._unheard(leased.job.request.prompt)
+        complete = self._queue.complete
+        settled = self._patiently(lambda: complete(leased.job, outputs, leased.timing_ms, warnings))
         if settled is Settled.OK:
-            self._count_end(work, "done")
+            self._count_end(leased, "done")
             self._count_outputs(outputs)
         elif settled is Settled.CANCELLED:
-            self._count_end(work, "cancelled")
+            self._count_end(leased, "cancelled")
             self._discard(outputs)
         else:
-            log.info("result came second (%s)", settled, extra={"job_id": work.job.id})
-            self._metrics.job_duplicates.labels(work.job.model, settled).inc()
+            log.info("result came second (%s)", settled, extra={"job_id": leased.job.id})
+            self._metrics.job_duplicates.labels(leased.job.model, settled).inc()
             self._discard(outputs)
 
-    def _fail(self, work: Work, error: JobError, status: JobStatus) -> None:
-        log.warning("job %s: %s", status, error.code, extra={"job_id": work.job.id, "code": error.code})
+    def _fail(self, leased: LeasedJob, error: JobError, status: JobStatus) -> None:
+        log.warning("job %s: %s", status, error.code, extra={"job_id": leased.job.id, "code": error.code})
         fail = self._queue.fail
-        settled = self._patiently(lambda: fail(work.job, error, work.timing_ms, status=status))
+        settled = self._patiently(lambda: fail(leased.job, error, leased.timing_ms, status=status))
         if settled is Settled.OK:
-            self._count_end(work, "deadline" if error.code == "deadline" else str(status))
+            self._count_end(leased, "deadline" if error.code == "deadline" else str(status))
 
-    def _pack(self, work: Work) -> list[Packed]:
+    def _pack(self, leased: LeasedJob) -> list[Packed]:
         start = time.perf_counter()
-        request = work.job.request
+        request = leased.job.request
         packed = []
-        for index, pixels in enumerate(work.pixels):
-            assert pixels is not None, f"sample {index} of {work.job.id} is not drawn"
+        for index, pixels in enumerate(leased.pixels):
+            assert pixels is not None, f"sample {index} of {leased.job.id} is not drawn"
             provenance = Provenance(
-                model=work.job.model,
+                model=leased.job.model,
                 version=self._version,
-                seed=work.seed(index),
+                seed=leased.seed(index),
                 num_steps=request.num_steps,
                 prompt_sha256=prompt_hash(request.prompt),
             )
             packed.append(
                 pack(pixels, request.output_format, provenance, quality=request.quality, fps=request.fps)
             )
-            work.pixels[index] = None  # a video's are large, and the store may take a while
-        work.timing_ms["pack"] = (time.perf_counter() - start) * 1000
+            leased.pixels[index] = None  # a video's are large, and the store may take a while
+        leased.timing_ms["pack"] = (time.perf_counter() - start) * 1000
         return packed
 
     def _put(self, key: str, file: Packed, until: float) -> None:
@@ -216,14 +217,14 @@ class Finisher:
                 time.sleep(random.uniform(0, backoff_s))
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    def _count_end(self, work: Work, outcome: str) -> None:
+    def _count_end(self, leased: LeasedJob, outcome: str) -> None:
         self._metrics.observe_job_end(
-            work.job.model,
-            work.job.kind,
+            leased.job.model,
+            leased.job.kind,
             outcome=outcome,
-            e2e_ms=self._clock() - work.job.created_ms,
-            timing_ms=work.timing_ms if outcome == "done" else None,
-            priority=work.job.priority,
+            e2e_ms=self._clock() - leased.job.created_ms,
+            timing_ms=leased.timing_ms if outcome == "done" else None,
+            priority=leased.job.priority,
             version=self._version,
         )
 
@@ -235,8 +236,8 @@ class Finisher:
                 self._metrics.video_frames.labels(self._queue.model).inc(output.frames)
 
 
-def _output_ref(work: Work, index: int, key: str, file: Packed) -> OutputRef:
-    bucket = work.job.request.bucket
+def _output_ref(leased: LeasedJob, index: int, key: str, file: Packed) -> OutputRef:
+    bucket = leased.job.request.bucket
     return OutputRef(
         key=key,
         content_type=file.content_type,
@@ -244,5 +245,5 @@ def _output_ref(work: Work, index: int, key: str, file: Packed) -> OutputRef:
         width=bucket.width,
         height=bucket.height,
         frames=bucket.frames,
-        seed=work.seed(index),
+        seed=leased.seed(index),
     )

@@ -21,7 +21,7 @@ from server.metrics import Metrics
 from server.queue.errors import QueueError
 from server.queue.leases import Lease, WorkerQueue
 from server.queue.records import UnreadableJobError
-from server.work import Drawing, Work
+from server.work import LeasedJob
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Inbox:
         self._settle = settle
         self._clock = clock
         self._unseen: list[Lease] = []
-        self._works: dict[str, Work] = {}
+        self._held: dict[str, LeasedJob] = {}
         self._limits: dict[Bucket, int] = {}
         self._arrivals = Arrivals()
         self._backlog = 0
@@ -81,7 +81,7 @@ class Inbox:
         self._reader = ThreadPoolExecutor(1, "prefetch")
         self._prefetched: Future[None] | None = None
 
-    def next_batch(self) -> list[Drawing] | None:
+    def next_batch(self) -> list[Row[LeasedJob]] | None:
         """The samples to draw next, of started jobs; None to stop. Blocks, also while Redis is away."""
         backoff_s = 0.1
         while True:
@@ -115,12 +115,13 @@ class Inbox:
         """
         self._join_prefetch()
         self._reader.shutdown()
-        unstarted = [work.lease for work in self._works.values() if not work.started] + self._unseen
-        self._works.clear()
+        unstarted = [leased.lease for leased in self._held.values() if not leased.started]
+        unstarted += self._unseen
+        self._held.clear()
         self._heartbeat.release(unstarted)
         log.info("handed back %d jobs", self._queue.hand_back(unstarted))
 
-    def _form_batch(self) -> list[Drawing] | None:
+    def _form_batch(self) -> list[Row[LeasedJob]] | None:
         """A batch; an empty one if all who were to be in it are gone; None to stop."""
         self._join_prefetch()
         idle_since: float | None = None
@@ -145,13 +146,14 @@ class Inbox:
                 return self._assign(decision.rows)
             block_ms = max(1, int(decision.ms))
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[Row[LeasedJob]]:
         """Samples to draw, oldest lease first. A worker that is to stop only finishes what it has started."""
-        self._works = {job_id: work for job_id, work in self._works.items() if not work.ended}
+        self._held = {job_id: leased for job_id, leased in self._held.items() if not leased.ended}
         stopping = self._stopping.is_set()
-        return [row for work in self._works.values() if work.started or not stopping for row in work.rows()]
+        ready = [leased for leased in self._held.values() if leased.started or not stopping]
+        return [row for leased in ready for row in leased.rows()]
 
-    def _decide(self, rows: Sequence[Row], waited_ms: float) -> Run | Wait:
+    def _decide(self, rows: Sequence[Row[LeasedJob]], waited_ms: float) -> Run[LeasedJob] | Wait:
         now_ms = self._clock()
         return decide(
             rows,
@@ -160,42 +162,37 @@ class Inbox:
             next_ms=self._arrivals.next_ms(now_ms),
             rows_per_ms=self._arrivals.rows_per_ms(now_ms),
             backlog=self._backlog,
-            max_batch=self._limits.get(rows[0].bucket, self._max_batch),
+            max_batch=self._limits.get(rows[0].leased_job.bucket, self._max_batch),
             cost_ms=self._cost_ms,
         )
 
-    def _assign(self, rows: Sequence[Row]) -> list[Drawing]:
+    def _assign(self, rows: Sequence[Row[LeasedJob]]) -> list[Row[LeasedJob]]:
         """Start the jobs of these rows that are not yet, and take the rows out of the inbox.
 
         A job that runs alone has no neighbour in the finisher either: one whose files are still being written
         when the suspect kills the process would lose an attempt each time, and be convicted in its place.
         """
-        alone = rows[0].alone
+        alone = rows[0].leased_job.alone
         if alone or self._drew_alone:
             self._settle()
         self._drew_alone = alone
-        self._start([work for work in self._works_of(rows) if not work.started])
-        drawings = []
-        for row in rows:
-            work = self._works[row.job_id]
-            if work.ended:
-                continue
-            drawings.append(Drawing(work, row.index))
-            work.num_assigned += 1
-        self._works = {job_id: work for job_id, work in self._works.items() if work.rows()}
-        return drawings
+        jobs = dict.fromkeys(row.leased_job for row in rows)
+        self._start([leased for leased in jobs if not leased.started])
+        taken = [row for row in rows if not row.leased_job.ended]
+        for row in taken:
+            row.leased_job.num_assigned += 1
+        self._held = {job_id: leased for job_id, leased in self._held.items() if leased.rows()}
+        return taken
 
-    def _works_of(self, rows: Sequence[Row]) -> list[Work]:
-        return [self._works[job_id] for job_id in dict.fromkeys(row.job_id for row in rows)]
-
-    def _start(self, works: Sequence[Work]) -> None:
-        for work, started in zip(works, self._queue.start([work.lease for work in works]), strict=True):
+    def _start(self, jobs: Sequence[LeasedJob]) -> None:
+        replies = self._queue.start([leased.lease for leased in jobs])
+        for leased, started in zip(jobs, replies, strict=True):
             if started.job is None:
-                self._count_drop(work.job, started.dropped)
-                work.ended = True
-                self._heartbeat.release([work.lease])
+                self._count_drop(leased.job, started.dropped)
+                leased.ended = True
+                self._heartbeat.release([leased.lease])
                 continue
-            work.start(started.job, self._clock())
+            leased.start(started.job, self._clock())
             if started.job.attempt > 1:
                 self._metrics.job_redeliveries.labels(self._queue.model, "lease_lapsed").inc()
 
@@ -220,7 +217,7 @@ class Inbox:
     def _lease(self, block_ms: int) -> None:
         """Take jobs for at most one batch, first those that other workers lost."""
         self._look()
-        room = self._max_batch - sum(len(work.rows()) for work in self._works.values())
+        room = self._max_batch - sum(len(leased.rows()) for leased in self._held.values())
         if room <= 0:
             return
         count = max(1, int(room / self._rows_per_job))
@@ -246,7 +243,7 @@ class Inbox:
         return [lease for lease in leases if not self._heartbeat.holds(lease)]
 
     def _look(self) -> None:
-        """Turn leases into works; settle those that cannot become any. To be called again if Redis fails."""
+        """Turn leases into jobs; settle those that cannot become any. To be called again if Redis fails."""
         if not self._unseen:
             return
         jobs, waiting = self._queue.look(self._unseen)
@@ -258,11 +255,11 @@ class Inbox:
                 self._drop(lease, str(job))
                 continue
             num_samples = job.request.num_samples
-            self._works[job.id] = Work(lease=lease, job=job, leased_ms=self._clock())
+            self._held[job.id] = LeasedJob(lease=lease, job=job, leased_ms=self._clock())
             self._arrivals.observe(job.created_ms, num_samples)
             self._rows_per_job += 0.2 * (num_samples - self._rows_per_job)
         self._unseen = []
-        unstarted = sum(not work.started for work in self._works.values())
+        unstarted = sum(not leased.started for leased in self._held.values())
         self._backlog = int(max(0, waiting - unstarted) * self._rows_per_job)
 
     def _drop(self, lease: Lease, why: str) -> None:

@@ -1,4 +1,4 @@
-"""Work: a leased job on its way through one worker, and the samples it asks for."""
+"""LeasedJob: a job on its way through one worker, and the rows of batches that it asks for."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.bucket import Bucket
 from server.batching import Row
 from server.job import Job, sample_seed
 from server.queue.leases import Lease
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Work:
+class LeasedJob:
     """One leased job. The main thread owns it until all samples are drawn, then a finisher thread does.
 
     Attributes:
@@ -63,24 +64,21 @@ class Work:
         """Seed of sample `index`."""
         return sample_seed(self.job.request.seed, index)
 
-    def rows(self) -> list[Row]:
+    @property
+    def bucket(self) -> Bucket:
+        """Of its samples."""
+        return self.job.request.bucket
+
+    @property
+    def num_steps(self) -> int:
+        """Denoiser calls per sample."""
+        return self.job.request.num_steps
+
+    @property
+    def deadline_ms(self) -> int:
+        """As of the job, unix ms."""
+        return self.job.deadline_ms
+
+    def rows(self) -> list[Row[LeasedJob]]:
         """The samples that no batch has had yet."""
-        return [
-            Row(
-                job_id=self.job.id,
-                index=index,
-                bucket=self.job.request.bucket,
-                num_steps=self.job.request.num_steps,
-                deadline_ms=self.job.deadline_ms,
-                alone=self.alone,
-            )
-            for index in range(self.num_assigned, self.job.request.num_samples)
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """One sample in a batch: sample `index` of `work`."""
-
-    work: Work
-    index: int
+        return [Row(self, index) for index in range(self.num_assigned, self.job.request.num_samples)]

@@ -23,7 +23,7 @@ from engines.bundle import Manifest, read_manifest
 from engines.errors import EngineError
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from engines.signature import read_key
-from server.batching import CostModel
+from server.batching import CostModel, Row
 from server.expiry import Expiry
 from server.finisher import Finisher
 from server.heartbeat import Heartbeat
@@ -37,7 +37,7 @@ from server.queue.records import WorkerInfo
 from server.queue.routes import Routes
 from server.settings import WorkerSettings
 from server.store import ResultStore
-from server.work import Drawing, Work
+from server.work import LeasedJob
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ class Worker:
             is_first = False
             self._draw(batch)
 
-    def _draw(self, batch: Sequence[Drawing]) -> None:
+    def _draw(self, batch: Sequence[Row[LeasedJob]]) -> None:
         """Draw a batch. If that fails, draw its halves; a sample that fails by itself fails its job."""
-        batch = [drawing for drawing in batch if not drawing.work.ended]
+        batch = [row for row in batch if not row.leased_job.ended]
         if not batch:
             return
         try:
@@ -106,18 +106,18 @@ class Worker:
             log.exception("a batch of %d failed", len(batch), extra={"model": self._model})
             if _out_of_memory(error):
                 self._metrics.gpu_oom.labels(self._device).inc()
-                self._inbox.limit(batch[0].work.job.request.bucket, len(batch) // 2)
+                self._inbox.limit(batch[0].leased_job.bucket, len(batch) // 2)
             if len(batch) == 1:
-                self._finisher.fail(batch[0].work, _job_error(error))
+                self._finisher.fail(batch[0].leased_job, _job_error(error))
                 return
             middle = len(batch) // 2
             self._draw(batch[:middle])
             self._draw(batch[middle:])
 
-    def _run(self, batch: Sequence[Drawing]) -> None:
+    def _run(self, batch: Sequence[Row[LeasedJob]]) -> None:
         """One batch through the engine."""
         start = time.perf_counter()
-        run = self._pipeline.prepare([_sample(drawing) for drawing in batch])
+        run = self._pipeline.prepare([_sample(row) for row in batch])
         rows = list(batch)
         while not run.finished:
             if _steps_left(run) == 1:
@@ -125,33 +125,33 @@ class Worker:
             self._pipeline.step(run)
             self._heartbeat.report(_progress(run, rows))
             rows = self._drop_ended(run, rows)
-        for drawing, pixels in zip(rows, self._pipeline.decode(run), strict=True):
-            drawing.work.pixels[drawing.index] = pixels
+        for row, pixels in zip(rows, self._pipeline.decode(run), strict=True):
+            row.leased_job.pixels[row.index] = pixels
         self._heartbeat.pulse()
         self._count(batch, run, (time.perf_counter() - start) * 1000)
-        for work in dict.fromkeys(drawing.work for drawing in rows):
+        for leased in dict.fromkeys(row.leased_job for row in rows):
             for stage, spent_ms in run.timing_ms.items():
-                work.timing_ms[stage] = work.timing_ms.get(stage, 0.0) + spent_ms
-            if work.drawn:
-                self._finisher.finish(work)
+                leased.timing_ms[stage] = leased.timing_ms.get(stage, 0.0) + spent_ms
+            if leased.drawn:
+                self._finisher.finish(leased)
 
-    def _drop_ended(self, run: BatchRun, rows: Sequence[Drawing]) -> list[Drawing]:
+    def _drop_ended(self, run: BatchRun, rows: Sequence[Row[LeasedJob]]) -> list[Row[LeasedJob]]:
         """Between two steps: take out the rows whose job is cancelled, too late, or over elsewhere."""
-        for work in dict.fromkeys(drawing.work for drawing in rows):
-            verdict = self._heartbeat.verdict(work.lease)
+        for leased in dict.fromkeys(row.leased_job for row in rows):
+            verdict = self._heartbeat.verdict(leased.lease)
             if verdict is Verdict.CANCEL:
-                self._finisher.fail(work, CANCELLED, JobStatus.CANCELLED)
+                self._finisher.fail(leased, CANCELLED, JobStatus.CANCELLED)
             elif verdict is Verdict.GONE:
-                work.ended = True
-                self._heartbeat.release([work.lease])
-            elif self._clock() >= work.job.deadline_ms:
-                self._finisher.fail(work, TOO_LATE)
-        ended = [row for row, drawing in enumerate(rows) if drawing.work.ended]
+                leased.ended = True
+                self._heartbeat.release([leased.lease])
+            elif self._clock() >= leased.job.deadline_ms:
+                self._finisher.fail(leased, TOO_LATE)
+        ended = [place for place, row in enumerate(rows) if row.leased_job.ended]
         if ended:
             run.drop(ended)
-        return [drawing for drawing in rows if not drawing.work.ended]
+        return [row for row in rows if not row.leased_job.ended]
 
-    def _count(self, batch: Sequence[Drawing], run: BatchRun, busy_ms: float) -> None:
+    def _count(self, batch: Sequence[Row[LeasedJob]], run: BatchRun, busy_ms: float) -> None:
         self._metrics.observe_batch(
             self._model,
             size=len(batch),
@@ -364,11 +364,11 @@ def _stall_s(manifest: Manifest, cost_ms: CostModel) -> float:
     return max(MIN_STALL_S, STALL_FACTOR * slowest_ms / 1000)
 
 
-def _sample(drawing: Drawing) -> Sample:
-    request = drawing.work.job.request
+def _sample(row: Row[LeasedJob]) -> Sample:
+    request = row.leased_job.job.request
     return Sample(
         prompt=request.prompt,
-        seed=drawing.work.seed(drawing.index),
+        seed=row.leased_job.seed(row.index),
         num_steps=request.num_steps,
         bucket=request.bucket,
     )
@@ -379,14 +379,14 @@ def _steps_left(run: BatchRun) -> int:
     return max(sample.num_steps - done for sample, done in zip(run.samples, run.step_index, strict=True))
 
 
-def _progress(run: BatchRun, rows: Sequence[Drawing]) -> dict[Lease, int]:
+def _progress(run: BatchRun, rows: Sequence[Row[LeasedJob]]) -> dict[Lease, int]:
     """How far (0..100) the jobs of a batch are, counting the samples that they had in earlier ones."""
-    in_batch: dict[Work, float] = {}
-    for drawing, done in zip(rows, run.step_index, strict=True):
-        in_batch[drawing.work] = in_batch.get(drawing.work, 0.0) + done / drawing.work.job.request.num_steps
+    in_batch: dict[LeasedJob, float] = {}
+    for row, done in zip(rows, run.step_index, strict=True):
+        in_batch[row.leased_job] = in_batch.get(row.leased_job, 0.0) + done / row.leased_job.num_steps
     return {
-        work.lease: int(100 * (work.num_drawn + fraction) / work.job.request.num_samples)
-        for work, fraction in in_batch.items()
+        leased.lease: int(100 * (leased.num_drawn + fraction) / leased.job.request.num_samples)
+        for leased, fraction in in_batch.items()
     }
 
 

@@ -395,15 +395,15 @@ MUTANTS = (
     Mutant(
         "others share a suspect's batch",
         "server/batching.py",
-        "row.bucket == first.bucket and not row.alone]",
-        "row.bucket == first.bucket]",
+        "row.leased_job.bucket == bucket and not row.leased_job.alone]",
+        "row.leased_job.bucket == bucket]",
         POLICY,
     ),
     Mutant(
         "sizes are mixed",
         "server/batching.py",
-        "[row for row in rows if row.bucket == first.bucket and not row.alone]",
-        "[row for row in rows if not row.alone]",
+        "row.leased_job.bucket == bucket and not row.leased_job.alone]",
+        "not row.leased_job.alone]",
         POLICY,
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -30,22 +31,36 @@ def typical(_bucket: Bucket, num_steps: int, batch: int) -> float:
     return num_steps * (6.0 + 4.0 * batch)
 
 
-def row(
-    job: str, index: int = 0, *, bucket: Bucket = SMALL, alone: bool = False, slack_ms: int = 60_000
-) -> Row:
-    return Row(
-        job_id=job, index=index, bucket=bucket, num_steps=4, deadline_ms=NOW_MS + slack_ms, alone=alone
-    )
+@dataclass(frozen=True)
+class Leased:
+    """What the policy sees of a leased job."""
+
+    name: str
+    bucket: Bucket = SMALL
+    num_steps: int = 4
+    deadline_ms: int = NOW_MS + 60_000
+    alone: bool = False
 
 
-def decided(rows: Sequence[Row], cost: CostModel = typical, **state: Any) -> Run | Wait:
+def row(name: str, *, slack_ms: int = 60_000, **job: Any) -> Row[Leased]:
+    """The one sample of a job."""
+    return Row(Leased(name, deadline_ms=NOW_MS + slack_ms, **job), 0)
+
+
+def rows_of(name: str, num_samples: int, **job: Any) -> list[Row[Leased]]:
+    """The samples of a job."""
+    leased_job = Leased(name, **job)
+    return [Row(leased_job, index) for index in range(num_samples)]
+
+
+def decided(rows: Sequence[Row[Leased]], cost: CostModel = typical, **state: Any) -> Run[Leased] | Wait:
     quiet = {"waited_ms": 0.0, "next_ms": (), "rows_per_ms": 0.0, "backlog": 0}
     return decide(rows, cost_ms=cost, **{"now_ms": NOW_MS, "max_batch": 8, **quiet, **state})
 
 
-def names(decision: Run | Wait) -> list[str]:
+def names(decision: Run[Leased] | Wait) -> list[str]:
     assert isinstance(decision, Run)
-    return [row.job_id for row in decision.rows]
+    return [row.leased_job.name for row in decision.rows]
 
 
 # how many
@@ -68,7 +83,7 @@ def test_batch_never_exceeds_what_the_engine_takes() -> None:
 
 
 def test_samples_of_one_job_may_be_split_over_batches() -> None:
-    rows = [row("a", i) for i in range(10)]
+    rows = rows_of("a", 10)
     decision = decided(rows, flat)
     assert isinstance(decision, Run)
     assert [each.index for each in decision.rows] == list(range(8))
@@ -99,7 +114,8 @@ def test_engine_that_would_fall_behind_takes_the_batch_with_the_most_samples_per
 
 
 def test_retried_job_runs_alone() -> None:
-    rows = [row("suspect", 0, alone=True), row("a"), row("suspect", 1, alone=True), row("other", alone=True)]
+    first, second = rows_of("suspect", 2, alone=True)
+    rows = [first, row("a"), second, row("other", alone=True)]
     assert names(decided(rows)) == ["suspect", "suspect"]
     assert names(decided(rows[1:])) == ["a"]
     assert names(decided(rows[:1], next_ms=[0.1])) == ["suspect"]
@@ -188,9 +204,9 @@ def test_every_batch_is_one_the_engine_can_run(
     backlog: int,
 ) -> None:
     rows = [
-        row(str(i), index, bucket=bucket, alone=alone)
+        row
         for i, (bucket, alone, num_samples) in enumerate(jobs)
-        for index in range(num_samples)
+        for row in rows_of(str(i), num_samples, bucket=bucket, alone=alone)
     ]
     decision = decided(
         rows, cost, max_batch=max_batch, next_ms=next_ms, rows_per_ms=rows_per_ms, backlog=backlog
@@ -201,8 +217,9 @@ def test_every_batch_is_one_the_engine_can_run(
     batch = decision.rows
     assert 1 <= len(batch) <= max_batch
     assert batch[0] is rows[0]
-    assert len({each.bucket for each in batch}) == 1
-    assert len({each.job_id for each in batch}) == 1 or not any(each.alone for each in batch)
+    together = {each.leased_job for each in batch}
+    assert len({job.bucket for job in together}) == 1
+    assert len(together) == 1 or not any(job.alone for job in together)
     assert list(batch) == [each for each in rows if each in set(batch)]
 
 
@@ -239,7 +256,7 @@ def closed_loop(cost: Callable[[int], float], num_clients: int, *, think_ms: flo
         if isinstance(decision, Wait):
             now_ms = min([now_ms + decision.ms, *(when for when, _ in coming)])
             continue
-        drawn = {each.job_id for each in decision.rows}
+        drawn = {each.leased_job.name for each in decision.rows}
         now_ms, idle_since = now_ms + cost(len(drawn)), None
         held = [each for each in held if each[1] not in drawn]
         coming += [(now_ms + rng.uniform(0.5, 1.5) * think_ms, who) for who in sorted(drawn)]

@@ -688,7 +688,7 @@ async def test_jobs_whose_lease_was_taken_just_before_redis_failed_are_drawn(
     )
     batch = inbox.next_batch()
     assert batch is not None
-    assert [drawing.work.job.id for drawing in batch] == [job.id for job in jobs]
+    assert [row.leased_job.job.id for row in batch] == [job.id for job in jobs]
     assert worker_queue.lost == 1
     inbox.close()
     worker_queue.close()
