@@ -9,9 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 NO_WORKER_RETRY_MS = 5_000.0
 MIN_RETRY_MS = 50.0
+
+
+class Refusal(StrEnum):
+    """Why a job is refused before it is in the queue; QUEUE and DEADLINE by prediction, too.
+
+    QUEUE: too many wait. DEADLINE: it would be finished too late. TENANT: too many of this tenant's are in
+    flight. MEMORY: Redis is full. IDEMPOTENCY: its key is another request's.
+    """
+
+    QUEUE = "queue"
+    DEADLINE = "deadline"
+    TENANT = "tenant"
+    MEMORY = "memory"
+    IDEMPOTENCY = "idempotency"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +51,12 @@ class Decision:
     """The answer to one job.
 
     Attributes:
-        reason: why it is refused: `queue` or `deadline`; None admits it.
+        reason: why it is refused; None admits it.
         eta_ms: predicted time until it is finished; None with no worker to predict for.
         retry_after_ms: when a refused job would probably be admitted.
     """
 
-    reason: str | None = None
+    reason: Refusal | None = None
     eta_ms: float | None = None
     retry_after_ms: float | None = None
 
@@ -64,13 +79,13 @@ def decide(
     if load.waiting >= max_waiting:
         drain_ms = None if eta_ms is None else (load.waiting - max_waiting + 1) * _ms_per_job(load, batch_ms)
         return Decision(
-            reason="queue",
+            reason=Refusal.QUEUE,
             eta_ms=eta_ms,
             retry_after_ms=NO_WORKER_RETRY_MS if drain_ms is None else max(MIN_RETRY_MS, drain_ms),
         )
     if eta_ms is not None and eta_ms > deadline_ms:
         return Decision(
-            reason="deadline", eta_ms=eta_ms, retry_after_ms=max(MIN_RETRY_MS, eta_ms - deadline_ms)
+            reason=Refusal.DEADLINE, eta_ms=eta_ms, retry_after_ms=max(MIN_RETRY_MS, eta_ms - deadline_ms)
         )
     return Decision(eta_ms=eta_ms)
 

@@ -32,7 +32,7 @@ from server.errors import (
 )
 from server.http import HttpConnection
 from server.job import Job
-from server.metrics import Metrics, start_metrics_server
+from server.metrics import Metrics, Outcome, start_metrics_server
 from server.middleware import BodyLimit, RequestContext, error_response
 from server.queue.connection import system_now_ms
 from server.queue.errors import QueueError
@@ -192,7 +192,9 @@ def _listener(settings: Settings) -> socket.socket:
 def _count_deadline(metrics: Metrics, job: Job) -> None:
     """Count a job that no worker started in time."""
     e2e_ms = (job.finished_ms or job.deadline_ms) - job.created_ms
-    metrics.observe_job_end(job.model, job.kind, outcome="deadline", e2e_ms=e2e_ms, priority=job.priority)
+    metrics.observe_job_end(
+        job.model, job.kind, outcome=Outcome.DEADLINE, e2e_ms=e2e_ms, priority=job.priority
+    )
 
 
 async def _export_gauges(services: Services, closing: asyncio.Event) -> None:

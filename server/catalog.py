@@ -21,6 +21,7 @@ from engines.bucket import Bucket
 from engines.bundle import Backend, Manifest
 from server.admission import Load
 from server.errors import ModelNotFoundError, NoWorkerError, WrongKindError
+from server.job import JobKind
 from server.queue.errors import QueueError
 from server.queue.queue import JobQueue
 from server.queue.records import QueueStats
@@ -48,6 +49,11 @@ class ServedModel:
     def name(self) -> str:
         """The model's name, which is also its queue class."""
         return self.manifest.name
+
+    @property
+    def kind(self) -> JobKind:
+        """What it generates."""
+        return JobKind(self.manifest.kind)
 
     @property
     def examples(self) -> list[str]:
@@ -151,7 +157,7 @@ class Catalog:
             raise
         self._read_at = self._clock()
 
-    async def find(self, name: str | None, *, kind: str) -> ServedModel:
+    async def find(self, name: str | None, *, kind: JobKind) -> ServedModel:
         """The model called `name`, or without a name the first one of this kind, live ones first.
 
         Raises:
@@ -171,16 +177,16 @@ class Catalog:
                 f"this server serves no {kind} model; GET /v1/models lists what it serves", param="model"
             )
         if name in models:
-            other = models[name].manifest.kind
+            other = models[name].kind
             raise WrongKindError(
                 f"{name} is a model for {other}s; use POST /v1/{other}s, or another model", param="model"
             )
         served = ", ".join(model.name for model in await self._of_kind(kind, MAX_AGE_S)) or "none"
         raise ModelNotFoundError(f"no {kind} model is called {name!r}; served are: {served}", param="model")
 
-    async def _of_kind(self, kind: str, max_age_s: float) -> list[ServedModel]:
+    async def _of_kind(self, kind: JobKind, max_age_s: float) -> list[ServedModel]:
         models = await self.models(max_age_s=max_age_s)
-        found = [model for model in models.values() if model.manifest.kind == kind]
+        found = [model for model in models.values() if model.kind is kind]
         return sorted(found, key=lambda model: (not model.stats.workers, model.name))
 
     async def _read(self) -> dict[str, ServedModel]:

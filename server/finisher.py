@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from server.heartbeat import Heartbeat
-from server.job import JobError, JobStatus, OutputRef
-from server.metrics import Metrics
+from server.job import JobError, JobErrorCode, JobStatus, OutputRef
+from server.metrics import Metrics, Outcome
 from server.packing import Packed, Provenance, pack, prompt_hash
 from server.queue.errors import QueueError
 from server.queue.leases import Settled, WorkerQueue
@@ -105,7 +105,9 @@ class Finisher:
                 raise
             except Exception:  # the pool would swallow it, and the heartbeat keep the job for ever
                 log.exception("job could not be finished", extra={"job_id": leased.job.id})
-                error = JobError(code="internal", message="the finished samples could not be packed")
+                error = JobError(
+                    code=JobErrorCode.INTERNAL, message="the finished samples could not be packed"
+                )
                 self._fail(leased, error, JobStatus.FAILED)
         except QueueError as error:
             log.warning("left to another worker, as Redis does not answer: %s", error)
@@ -126,7 +128,7 @@ class Finisher:
         except OSError:
             log.exception("result not stored", extra={"job_id": leased.job.id})
             self._discard(outputs)
-            error = JobError(code="storage", message="the result store does not answer")
+            error = JobError(code=JobErrorCode.STORAGE, message="the result store does not answer")
             self._fail(leased, error, JobStatus.FAILED)
             return
         leased.timing_ms["store"] = (time.perf_counter() - start) * 1000
@@ -134,10 +136,10 @@ class Finisher:
         complete = self._queue.complete
         settled = self._patiently(lambda: complete(leased.job, outputs, leased.timing_ms, warnings))
         if settled is Settled.OK:
-            self._count_end(leased, "done")
+            self._count_end(leased, Outcome.DONE)
             self._count_outputs(outputs)
         elif settled is Settled.CANCELLED:
-            self._count_end(leased, "cancelled")
+            self._count_end(leased, Outcome.CANCELLED)
             self._discard(outputs)
         else:
             log.info("result came second (%s)", settled, extra={"job_id": leased.job.id})
@@ -149,7 +151,8 @@ class Finisher:
         fail = self._queue.fail
         settled = self._patiently(lambda: fail(leased.job, error, leased.timing_ms, status=status))
         if settled is Settled.OK:
-            self._count_end(leased, "deadline" if error.code == "deadline" else str(status))
+            late = error.code == JobErrorCode.DEADLINE
+            self._count_end(leased, Outcome.DEADLINE if late else Outcome(status))
 
     def _pack(self, leased: LeasedJob) -> list[Packed]:
         start = time.perf_counter()
@@ -217,13 +220,13 @@ class Finisher:
                 time.sleep(random.uniform(0, backoff_s))
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
-    def _count_end(self, leased: LeasedJob, outcome: str) -> None:
+    def _count_end(self, leased: LeasedJob, outcome: Outcome) -> None:
         self._metrics.observe_job_end(
             leased.job.model,
             leased.job.kind,
             outcome=outcome,
             e2e_ms=self._clock() - leased.job.created_ms,
-            timing_ms=leased.timing_ms if outcome == "done" else None,
+            timing_ms=leased.timing_ms if outcome is Outcome.DONE else None,
             priority=leased.job.priority,
             version=self._version,
         )

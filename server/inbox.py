@@ -16,10 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from engines.bucket import Bucket
 from server.batching import Arrivals, CostModel, Row, Run, Wait, decide
 from server.heartbeat import Heartbeat
-from server.job import Job, JobError
-from server.metrics import Metrics
+from server.job import Job, JobError, JobErrorCode
+from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError
-from server.queue.leases import Lease, WorkerQueue
+from server.queue.leases import Dropped, Lease, WorkerQueue
 from server.queue.records import UnreadableJobError
 from server.work import LeasedJob
 
@@ -196,17 +196,17 @@ class Inbox:
             if started.job.attempt > 1:
                 self._metrics.job_redeliveries.labels(self._queue.model, "lease_lapsed").inc()
 
-    def _count_drop(self, job: Job, why: str) -> None:
+    def _count_drop(self, job: Job, why: Dropped | None) -> None:
         log.info("not started: %s", why, extra={"job_id": job.id})
-        if why in ("deadline", "poison", "cancelled"):  # ended by this very start
+        if why in (Dropped.DEADLINE, Dropped.POISON, Dropped.CANCELLED):  # ended by this very start
             age_ms = self._clock() - job.created_ms
             self._metrics.observe_job_end(
-                job.model, job.kind, outcome=why, e2e_ms=age_ms, priority=job.priority
+                job.model, job.kind, outcome=Outcome(why), e2e_ms=age_ms, priority=job.priority
             )
         else:
             self._metrics.job_duplicates.labels(job.model, "start").inc()
-        if why == "poison":
-            self._metrics.dead_letters.labels(job.model, "poison").inc()
+        if why is Dropped.POISON:
+            self._metrics.dead_letters.labels(job.model, JobErrorCode.POISON).inc()
 
     def _join_prefetch(self) -> None:
         """Wait for the prefetch and raise its error, if any."""
@@ -265,5 +265,5 @@ class Inbox:
     def _drop(self, lease: Lease, why: str) -> None:
         """Get rid of a lease without an engine: unknown jobs are dropped, the others fail."""
         log.error("job dropped: %s", why, extra={"job_id": lease.job_id})
-        self._queue.refuse(lease, JobError(code="invalid_request", message=why))
+        self._queue.refuse(lease, JobError(code=JobErrorCode.INVALID_REQUEST, message=why))
         self._heartbeat.release([lease])

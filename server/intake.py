@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from engines.bucket import Bucket
 from engines.bundle import Manifest
-from server.admission import MIN_RETRY_MS, NO_WORKER_RETRY_MS, Decision, decide
+from server.admission import MIN_RETRY_MS, NO_WORKER_RETRY_MS, Decision, Refusal, decide
 from server.catalog import ServedModel
 from server.errors import (
     ApiError,
@@ -25,7 +25,7 @@ from server.errors import (
     TenantFullError,
     UnsupportedParameterError,
 )
-from server.job import GenerationRequest, fingerprint, new_job
+from server.job import GenerationRequest, JobKind, fingerprint, new_job
 from server.queue.records import EnqueueStatus
 from server.schemas import DrawingRequest, SampleRequest, VideoRequest
 from server.services import Services
@@ -72,7 +72,7 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
             "Idempotency-Key must be 1 to 255 visible ASCII characters", param="Idempotency-Key"
         )
     _check_prompt(body.prompt, services.settings.max_prompt_chars)
-    kind = "video" if isinstance(body, VideoRequest) else "image"
+    kind = _kind_of(body)
     deadline_ms = round(services.settings.deadline_s(kind) * 1000)
     model = await services.catalog.find(body.model, kind=kind)
     request = _complete(body, model.manifest)
@@ -101,7 +101,7 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
         if decision.reason and result.status is EnqueueStatus.QUEUE_FULL:
             _count_refusal(services, model, decision.reason)
             raise _refusal(decision, services, model)
-        _count_refusal(services, model, _REASONS.get(result.status, "idempotency"))
+        _count_refusal(services, model, _REASONS.get(result.status, Refusal.IDEMPOTENCY))
         raise _enqueue_error(result.status, decision, services, model)
     return Accepted(
         job_id=result.job_id,
@@ -109,6 +109,10 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
         position=result.position,
         eta_ms=decision.eta_ms,
     )
+
+
+def _kind_of(body: SampleRequest) -> JobKind:
+    return JobKind.VIDEO if isinstance(body, VideoRequest) else JobKind.IMAGE
 
 
 def _complete(body: SampleRequest, manifest: Manifest) -> GenerationRequest:
@@ -153,7 +157,7 @@ async def _is_same(services: Services, body: SampleRequest, holder_id: str | Non
     """
     holder = await services.queue.get(holder_id) if body.model is None and holder_id else None
     model = (await services.catalog.models()).get(holder.model) if holder else None
-    if holder is None or model is None or (holder.kind == "video") != isinstance(body, VideoRequest):
+    if holder is None or model is None or holder.kind is not _kind_of(body):
         return False
     try:
         request = _complete(body, model.manifest)
@@ -272,21 +276,21 @@ def _check_prompt(prompt: str, max_chars: int) -> None:
 
 
 _REASONS = {
-    EnqueueStatus.QUEUE_FULL: "queue",
-    EnqueueStatus.TENANT_FULL: "tenant",
-    EnqueueStatus.MEMORY: "memory",
+    EnqueueStatus.QUEUE_FULL: Refusal.QUEUE,
+    EnqueueStatus.TENANT_FULL: Refusal.TENANT,
+    EnqueueStatus.MEMORY: Refusal.MEMORY,
 }
 
 
-def _count_refusal(services: Services, model: ServedModel, reason: str) -> None:
-    services.metrics.jobs_rejected.labels(model.name, model.manifest.kind, reason).inc()
+def _count_refusal(services: Services, model: ServedModel, reason: Refusal) -> None:
+    services.metrics.jobs_rejected.labels(model.name, model.kind, reason).inc()
 
 
 def _refusal(decision: Decision, services: Services, model: ServedModel) -> ApiError:
-    if decision.reason == "deadline":
+    if decision.reason is Refusal.DEADLINE:
         message = (
             f"a job would take about {(decision.eta_ms or 0) / 1000:.1f} s now, "
-            f"and its deadline is {services.settings.deadline_s(model.manifest.kind):g} s; try again later"
+            f"and its deadline is {services.settings.deadline_s(model.kind):g} s; try again later"
         )
     else:
         message = (

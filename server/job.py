@@ -18,7 +18,16 @@ from typing import Any
 from engines.bucket import Bucket
 
 MAX_SEED = 2**63
-ID_PREFIX = {"image": "img", "video": "vid"}
+
+
+class JobKind(StrEnum):
+    """What a job's samples are."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+ID_PREFIX = {JobKind.IMAGE: "img", JobKind.VIDEO: "vid"}
 _JOB_ID = re.compile(rf"(?:{'|'.join(ID_PREFIX.values())})_([0-9a-f]{{12}})[0-9a-f]{{20}}")
 
 
@@ -44,6 +53,24 @@ class Priority(StrEnum):
     HIGH = "high"
     NORMAL = "normal"
     LOW = "low"
+
+
+class JobErrorCode(StrEnum):
+    """Why the server ends a job without results; README.md lists them for clients.
+
+    DEADLINE: it passed. POISON: each worker that started it died. STORAGE: the result store did not answer.
+    OUT_OF_MEMORY: one sample does not fit. GENERATION_FAILED: the engine failed on it. INVALID_REQUEST: its
+    record cannot be read. INTERNAL: the finished samples could not be packed.
+    """
+
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    POISON = "poison"
+    STORAGE = "storage"
+    OUT_OF_MEMORY = "out_of_memory"
+    GENERATION_FAILED = "generation_failed"
+    INVALID_REQUEST = "invalid_request"
+    INTERNAL = "internal"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +100,11 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobError:
-    """Why a job failed: a stable code for programs, a sentence for people."""
+    """Why a job failed: a stable code for programs, a sentence for people.
+
+    Attributes:
+        code: a `JobErrorCode`, or one of `engines/errors.py`; another version of the server may know more.
+    """
 
     code: str
     message: str
@@ -104,7 +135,6 @@ class Job:
 
     Attributes:
         id: `img_…` or `vid_…` from `new_job_id`.
-        kind: "image" or "video".
         model: bundle name; also the queue class.
         fingerprint: of the request; the same idempotency key with another fingerprint is a mismatch.
         attempt: how often a worker has started it.
@@ -118,7 +148,7 @@ class Job:
     """
 
     id: str
-    kind: str
+    kind: JobKind
     model: str
     request: GenerationRequest
     fingerprint: str
@@ -191,9 +221,7 @@ def new_job_id(kind: str, model: str, now_ms: int) -> str:
     Raises:
         ValueError: unknown kind.
     """
-    if kind not in ID_PREFIX:
-        raise ValueError(f"job kind {kind!r}: allowed are {sorted(ID_PREFIX)}")
-    return f"{ID_PREFIX[kind]}_{now_ms:012x}{secrets.token_hex(8)}{model_tag(model)}"
+    return f"{ID_PREFIX[JobKind(kind)]}_{now_ms:012x}{secrets.token_hex(8)}{model_tag(model)}"
 
 
 def created_ms_of(job_id: str) -> int | None:
@@ -204,7 +232,7 @@ def created_ms_of(job_id: str) -> int | None:
 
 def new_job(
     *,
-    kind: str,
+    kind: JobKind,
     model: str,
     request: GenerationRequest,
     now_ms: int,

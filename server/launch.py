@@ -23,6 +23,7 @@ from engines.bundle import Manifest, list_gpus, read_manifest
 from engines.errors import EngineError
 from server.child import EXIT_USAGE, FIRST_BACKOFF_S, Child
 from server.fleet import Fleet, Post
+from server.job import JobKind
 from server.queue.embedded import EmbeddedValkey, EmbeddedValkeyError
 from server.queue.errors import QueueError
 from server.queue.routes import Routes
@@ -30,7 +31,7 @@ from server.settings import Settings, child_environment
 
 EXIT_FAILURE = 1
 MAX_CPU_WORKERS = 4
-KINDS = ("image", "video")
+KINDS = tuple(JobKind)
 BACKLOG = 2048
 API_GRACE_S = 10.0
 API_FIRST_BACKOFF_S = 0.1
@@ -215,10 +216,10 @@ def plan_posts(settings: Settings, bundles: Sequence[Path]) -> dict[str, Post]:
         raise LaunchError(unreadable[0])
     for problem in unreadable:
         say(f"error: {problem}; it is not served", file=sys.stderr)
-    kinds: dict[str, dict[Path, str]] = {"cpu": {}, "cuda": {}}
+    kinds: dict[str, dict[Path, JobKind]] = {"cpu": {}, "cuda": {}}
     for bundle, manifest in manifests.items():
         # without a GPU such a bundle is served by the CPU, and says so
-        kinds[manifest.device if gpus else "cpu"][bundle] = manifest.kind
+        kinds[manifest.device if gpus else "cpu"][bundle] = JobKind(manifest.kind)
     seats: list[tuple[Path, str]] = []
     if kinds["cpu"]:
         num_cores = len(os.sched_getaffinity(0))
@@ -268,11 +269,11 @@ def hire(settings: Settings, redis_url: str, bundle: Path, index: int, expires: 
     return Child(f"worker {index}", ["-m", "server", "worker"], environment, report=say)
 
 
-def deal(kinds: Mapping[Path, str], num_workers: int, num_cores: int) -> list[Path]:
+def deal(kinds: Mapping[Path, JobKind], num_workers: int, num_cores: int) -> list[Path]:
     """Which bundle each worker serves; every bundle has one at least.
 
     Args:
-        kinds: of the bundles, "image" or "video".
+        kinds: of the bundles.
         num_workers: TDM_WORKERS, dealt out in turn. 0 leaves it open: then images get the workers that this
             machine has room for, and each bundle for videos one more, so that a long clip never stands in a
             picture's way and workers without clips to draw leave their cores to the others.
@@ -284,11 +285,11 @@ def deal(kinds: Mapping[Path, str], num_workers: int, num_cores: int) -> list[Pa
     return [*_in_turn(images, count_workers(num_cores)), *videos]
 
 
-def deal_gpus(kinds: Mapping[Path, str], num_workers: int, gpus: Sequence[str]) -> list[tuple[Path, str]]:
+def deal_gpus(kinds: Mapping[Path, JobKind], num_workers: int, gpus: Sequence[str]) -> list[tuple[Path, str]]:
     """Which bundle each worker on a GPU serves, and on which one; every bundle has one at least.
 
     Args:
-        kinds: of the bundles built for a GPU, "image" or "video".
+        kinds: of the bundles built for a GPU.
         num_workers: TDM_WORKERS; 0: one per GPU. Beyond their number workers share GPUs, and each finds out
             at start whether there is memory left for it.
         gpus: as `visible_gpus`; at least one if there are bundles.

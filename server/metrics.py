@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 
 from prometheus_client import (
     CollectorRegistry,
@@ -39,6 +40,16 @@ STAGE_BUCKETS = (
 OP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 FILL_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+class Outcome(StrEnum):
+    """How a job ended; DEADLINE and POISON are failures that are counted apart."""
+
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    POISON = "poison"
 
 
 class Metrics:
@@ -141,7 +152,7 @@ class Metrics:
         model: str,
         kind: str,
         *,
-        outcome: str,
+        outcome: Outcome,
         e2e_ms: float,
         timing_ms: Mapping[str, float] | None = None,
         priority: str = "normal",
@@ -152,7 +163,7 @@ class Metrics:
         Args:
             model: queue class.
             kind: image or video.
-            outcome: done, failed, cancelled, deadline or poison.
+            outcome: how it ended.
             e2e_ms: accepted to terminal.
             timing_ms: the job's stages, as `Job.timing` names them.
             priority: the job's priority class.

@@ -12,7 +12,7 @@ from server.errors import (
     JobPoisonedError,
     StoreUnavailableError,
 )
-from server.job import Job, JobStatus, OutputRef
+from server.job import Job, JobErrorCode, JobStatus, OutputRef
 from server.schemas import GenerationsResponse, ImageData, ImageJob, JobErrorView, Status, VideoJob
 
 STATUS: dict[JobStatus, Status] = {
@@ -35,9 +35,9 @@ STAGES = {
 }
 
 FAILURES: dict[str, type[ApiError]] = {
-    "deadline": DeadlineExceededError,
-    "poison": JobPoisonedError,
-    "storage": StoreUnavailableError,
+    JobErrorCode.DEADLINE: DeadlineExceededError,
+    JobErrorCode.POISON: JobPoisonedError,
+    JobErrorCode.STORAGE: StoreUnavailableError,
 }
 """Codes of `JobError` that have a class of their own here; the rest are `generation_failed`."""
 
@@ -207,5 +207,5 @@ def etag_of(output: OutputRef) -> str:
 
 def _error_view(job: Job) -> JobErrorView | None:
     if job.status is JobStatus.CANCELLED:
-        return JobErrorView(code="cancelled", message="the job was cancelled")
+        return JobErrorView(code=JobErrorCode.CANCELLED, message="the job was cancelled")
     return JobErrorView(code=job.error.code, message=job.error.message) if job.error else None

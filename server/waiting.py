@@ -7,6 +7,7 @@ import asyncio
 from starlette.requests import Request
 
 from server.job import Job, JobStatus
+from server.metrics import Outcome
 from server.services import Services
 
 
@@ -66,7 +67,7 @@ def count_cancelled(services: Services, before: Job, now: Job) -> None:
         services.metrics.observe_job_end(
             now.model,
             now.kind,
-            outcome="cancelled",
+            outcome=Outcome.CANCELLED,
             e2e_ms=services.now_ms() - now.created_ms,
             priority=now.priority,
         )

@@ -28,7 +28,7 @@ from server.expiry import Expiry
 from server.finisher import Finisher
 from server.heartbeat import Heartbeat
 from server.inbox import Inbox
-from server.job import JobError, JobStatus
+from server.job import JobError, JobErrorCode, JobKind, JobStatus
 from server.metrics import Metrics, start_metrics_server
 from server.queue.connection import system_now_ms
 from server.queue.errors import QueueError
@@ -48,9 +48,9 @@ EXIT_UNUSABLE = 2
 STALL_FACTOR = 20
 MIN_STALL_S = 60.0
 # Finished jobs whose pixels wait in memory for packing; a 49-frame video of 720 x 480 is 51 MB.
-MAX_PENDING = {"image": 64, "video": 4}
-CANCELLED = JobError(code="cancelled", message="cancelled on request")
-TOO_LATE = JobError(code="deadline", message="the deadline passed while the job was running")
+MAX_PENDING = {JobKind.IMAGE: 64, JobKind.VIDEO: 4}
+CANCELLED = JobError(code=JobErrorCode.CANCELLED, message="cancelled on request")
+TOO_LATE = JobError(code=JobErrorCode.DEADLINE, message="the deadline passed while the job was running")
 
 
 class EngineLostError(RuntimeError):
@@ -246,7 +246,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         version=manifest.version,
         unheard=pipeline.unheard,
         store_patience_s=settings.lease_s,
-        max_pending=MAX_PENDING[manifest.kind],
+        max_pending=MAX_PENDING[JobKind(manifest.kind)],
         clock=clock,
     )
     inbox = Inbox(
@@ -404,7 +404,9 @@ def _device_lost(error: Exception) -> bool:
 def _job_error(error: Exception) -> JobError:
     """What the client is told; details are in the log."""
     if _out_of_memory(error):
-        return JobError(code="out_of_memory", message="one sample of this size does not fit into memory")
+        return JobError(
+            code=JobErrorCode.OUT_OF_MEMORY, message="one sample of this size does not fit into memory"
+        )
     if isinstance(error, EngineError):
         return JobError(code=error.code, message=str(error))
-    return JobError(code="generation_failed", message="the engine failed on this request")
+    return JobError(code=JobErrorCode.GENERATION_FAILED, message="the engine failed on this request")

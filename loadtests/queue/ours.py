@@ -14,7 +14,7 @@ from engines.bucket import Bucket
 from loadtests.queue.contender import Client, Engine, Promises
 from loadtests.queue.task import WrongResultError, request
 from server.heartbeat import Heartbeat
-from server.job import GenerationRequest, Job, OutputRef, new_job
+from server.job import GenerationRequest, Job, JobKind, OutputRef, new_job
 from server.metrics import Metrics
 from server.queue.connection import system_now_ms
 from server.queue.leases import Lease, Settled, WorkerQueue
@@ -90,7 +90,7 @@ class _Client:
     async def enqueue(self, serial: int) -> str:
         now_ms = system_now_ms()
         job = new_job(
-            kind="image",
+            kind=JobKind.IMAGE,
             model=MODEL,
             request=_generation_request(request(serial)),
             now_ms=now_ms,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from server.job import ID_PREFIX, Job, JobError, Priority, new_job
+from server.job import ID_PREFIX, Job, JobError, JobKind, Priority, new_job
 from server.queue.connection import connect, system_now_ms
 from server.queue.leases import class_prefix
 from server.queue.queue import MODELS_KEY
@@ -55,8 +55,8 @@ class DeadLetter:
     request: str
 
     @property
-    def kind(self) -> str:
-        """What was asked for ("image", "video"), read off the id."""
+    def kind(self) -> JobKind:
+        """What was asked for, read off the id."""
         return next(kind for kind, prefix in ID_PREFIX.items() if self.job_id.startswith(f"{prefix}_"))
 
 

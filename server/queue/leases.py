@@ -65,12 +65,28 @@ class Settled(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Dropped(StrEnum):
+    """Why a leased job was not started.
+
+    LOST: another worker has it. UNKNOWN: there is no such job, or this is not its entry. DEADLINE, POISON:
+    ended by this very start; CANCELLED: by it, or before. DONE, FAILED: it was over.
+    """
+
+    LOST = "lost"
+    UNKNOWN = "unknown"
+    DEADLINE = "deadline"
+    POISON = "poison"
+    CANCELLED = "cancelled"
+    DONE = "done"
+    FAILED = "failed"
+
+
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The job as it now runs; or None, and why not: "lost", "unknown", "deadline", "poison" or a status."""
+    """The job as it now runs; or None, and why not."""
 
     job: Job | None
-    dropped: str = ""
+    dropped: Dropped | None = None
 
 
 class WorkerQueue:
@@ -310,7 +326,7 @@ class WorkerQueue:
     def _started(self, lease: Lease, reply: list[str]) -> Started:
         verdict, *rest = reply
         if verdict != "run":
-            return Started(None, rest[0] if rest else verdict)
+            return Started(None, Dropped(rest[0] if rest else verdict))
         return Started(load_job(self.model, lease.job_id, dict(zip(rest[::2], rest[1::2], strict=True))))
 
 

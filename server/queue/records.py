@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from engines.bucket import Bucket
-from server.job import GenerationRequest, Job, JobError, JobStatus, OutputRef, Priority
+from server.job import GenerationRequest, Job, JobError, JobKind, JobStatus, OutputRef, Priority
 
 MAX_REQUEST_BYTES = 64 * 1024
 
@@ -182,11 +182,12 @@ def load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
 
 def _load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
     request = load_request(fields["req"])
-    if fields["kd"] == "video" and not request.fps:
+    kind = JobKind(fields["kd"])
+    if kind is JobKind.VIDEO and not request.fps:
         raise ValueError("a video without frames per second")
     return Job(
         id=job_id,
-        kind=fields["kd"],
+        kind=kind,
         model=model,
         request=request,
         fingerprint=fields["fp"],

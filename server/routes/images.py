@@ -23,7 +23,7 @@ from server.errors import (
     UnsupportedParameterError,
 )
 from server.intake import Accepted, accept, check_compression
-from server.job import Job, JobStatus
+from server.job import Job, JobKind, JobStatus
 from server.routes.responses import (
     BODY_ERRORS,
     CONTENT_ERRORS,
@@ -167,7 +167,7 @@ async def create_image_openai(
 @router.get("/{job_id}", summary="Look a job up", responses=documented(JobNotFoundError, InvalidRequestError))
 async def get_image(job_id: str, request: Request, services: ServicesDep) -> ImageJob:
     """The job as it stands, with its images once it is completed."""
-    return await _view(services, request, await find_job(services, job_id, "image"))
+    return await _view(services, request, await find_job(services, job_id, JobKind.IMAGE))
 
 
 @router.delete(
@@ -175,9 +175,9 @@ async def get_image(job_id: str, request: Request, services: ServicesDep) -> Ima
 )
 async def cancel_image(job_id: str, request: Request, services: ServicesDep) -> ImageJob:
     """At once while it is queued, at the next step while it runs; a finished job stays as it is."""
-    job = await cancel(services, await find_job(services, job_id, "image"))
+    job = await cancel(services, await find_job(services, job_id, JobKind.IMAGE))
     if job is None:
-        raise unknown_job(job_id, "image")
+        raise unknown_job(job_id, JobKind.IMAGE)
     return await _view(services, request, job)
 
 
@@ -198,7 +198,7 @@ async def get_image_content(
     index: Annotated[int, Query(ge=0, description="Which of the job's n images.")] = 0,
 ) -> Response:
     """The bytes of one finished image. They never change, so clients may keep them."""
-    job = await find_job(services, job_id, "image")
+    job = await find_job(services, job_id, JobKind.IMAGE)
     await require_done(services, job)
     if index >= len(job.outputs):
         raise InvalidRequestError(
@@ -231,7 +231,7 @@ async def _submit(
             await cancel_if_queued(services, accepted.job_id)
         raise
     if job is None:
-        raise unknown_job(accepted.job_id, "image")
+        raise unknown_job(accepted.job_id, JobKind.IMAGE)
     return accepted, job
 
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from server.catalog import ServedModel
 from server.errors import InvalidRequestError, ModelNotFoundError
 from server.intake import pick_fps, sizes_of
+from server.job import JobKind
 from server.routes.responses import documented
 from server.schemas import ModelList, ModelView
 from server.services import Services, ServicesDep
@@ -35,7 +36,7 @@ async def get_model(model_id: str, services: ServicesDep) -> ModelView:
 
 def _view(model: ServedModel, services: Services) -> ModelView:
     manifest = model.manifest
-    fps = pick_fps(None, manifest) if manifest.kind == "video" else None
+    fps = pick_fps(None, manifest) if model.kind is JobKind.VIDEO else None
     frames = list(dict.fromkeys(bucket.frames for bucket in manifest.buckets))
     return ModelView(
         id=model.name,

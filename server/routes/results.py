@@ -18,7 +18,7 @@ from server.errors import (
     StoreUnavailableError,
 )
 from server.expiry import is_over
-from server.job import Job, JobStatus, OutputRef
+from server.job import Job, JobKind, JobStatus, OutputRef
 from server.services import Services
 from server.views import etag_of, failure_of
 
@@ -27,19 +27,19 @@ POLL_MS = 1000.0
 _RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))")
 
 
-async def find_job(services: Services, job_id: str, kind: str) -> Job:
+async def find_job(services: Services, job_id: str, kind: JobKind) -> Job:
     """The job of this id and kind.
 
     Raises:
         JobNotFoundError: there is none (any longer).
     """
     job = await services.queue.get(job_id)
-    if job is None or job.kind != kind:
+    if job is None or job.kind is not kind:
         raise unknown_job(job_id, kind)
     return job
 
 
-def unknown_job(job_id: str, kind: str) -> JobNotFoundError:
+def unknown_job(job_id: str, kind: JobKind) -> JobNotFoundError:
     """What is said of an id that leads nowhere."""
     return JobNotFoundError(
         f"no {kind} job {job_id!r}; finished jobs are kept for a limited time", param="id"

@@ -28,7 +28,7 @@ from server.errors import (
 )
 from server.expiry import is_over
 from server.intake import accept
-from server.job import Job, created_ms_of
+from server.job import Job, JobKind, created_ms_of
 from server.routes.responses import (
     BODY_ERRORS,
     CONTENT_ERRORS,
@@ -151,7 +151,7 @@ async def create_video(
         raise UnsupportedParameterError(message, param=param)
     accepted = await accept(services, body, idempotency_key)
     request.state.replayed = accepted.attached  # read by the middleware
-    job = await find_job(services, accepted.job_id, "video")
+    job = await find_job(services, accepted.job_id, JobKind.VIDEO)
     view = await _view(services, request, job)
     return json_response(view, headers={**_poll_header(view), "location": _url(request, "get_video", job)})
 
@@ -173,7 +173,7 @@ async def list_videos(
         raise InvalidRequestError(f"after: {after!r} is no video id", param="after")
     models = await services.catalog.models()
     jobs, has_more = await services.queue.listing(
-        [name for name, model in models.items() if model.manifest.kind == "video"],
+        [name for name, model in models.items() if model.kind is JobKind.VIDEO],
         tenant=TENANT,
         after=after,
         limit=limit,
@@ -197,7 +197,7 @@ async def list_videos(
 )
 async def get_video(job_id: str, request: Request, services: ServicesDep) -> Response:
     """The job as it stands."""
-    view = await _view(services, request, await find_job(services, job_id, "video"))
+    view = await _view(services, request, await find_job(services, job_id, JobKind.VIDEO))
     return json_response(view, headers=_poll_header(view))
 
 
@@ -208,10 +208,10 @@ async def get_video(job_id: str, request: Request, services: ServicesDep) -> Res
 )
 async def delete_video(job_id: str, services: ServicesDep) -> VideoDeleted:
     """At once while it is queued, at the next step while it runs; a finished one's file is removed."""
-    before = await find_job(services, job_id, "video")
+    before = await find_job(services, job_id, JobKind.VIDEO)
     job = await services.queue.delete(job_id)
     if job is None:
-        raise unknown_job(job_id, "video")
+        raise unknown_job(job_id, JobKind.VIDEO)
     count_cancelled(services, before, job)
     for output in job.outputs:
         try:
@@ -243,7 +243,7 @@ async def get_video_content(
         raise UnsupportedParameterError(
             f"variant={variant} is not supported; the only allowed value is video", param="variant"
         )
-    job = await find_job(services, job_id, "video")
+    job = await find_job(services, job_id, JobKind.VIDEO)
     await require_done(services, job)
     output = job.outputs[0]
     headers = {**content_headers(services, job, output, job_id), "accept-ranges": "bytes"}

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from engines.bucket import Bucket
-from server.job import GenerationRequest, Job, Priority, new_job
+from server.job import GenerationRequest, Job, JobKind, Priority, new_job
 from server.queue.connection import connect
 from server.queue.embedded import EmbeddedValkey, die_with_parent
 from server.queue.leases import GROUP, WorkerQueue
@@ -168,13 +168,13 @@ def new(clock: Clock) -> Callable[..., Job]:
         tenant: str = "public",
         priority: Priority = Priority.NORMAL,
         deadline_s: float = 60,
-        kind: str = "image",
+        kind: JobKind = JobKind.IMAGE,
         **request: Any,
     ) -> Job:
         return new_job(
             kind=kind,
             model=MODEL,
-            request=request_of(prompt, fps=8 if kind == "video" else None, **request),
+            request=request_of(prompt, fps=8 if kind is JobKind.VIDEO else None, **request),
             now_ms=clock.now_ms,
             deadline_ms=clock.now_ms + int(deadline_s * 1000),
             tenant=tenant,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.audit import LEFTOVERS, Code
+from server.job import JobErrorCode
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "server/README.md").read_text(encoding="utf-8")
@@ -30,6 +31,11 @@ def test_every_code_of_the_audit_is_explained() -> None:
     assert {str(code) for code in Code} <= explained
     leftovers = TEXT.partition("*Leftovers*")[2]
     assert all(f"`{code}`" in leftovers for code in LEFTOVERS)
+
+
+def test_every_code_that_a_job_can_end_with_is_listed() -> None:
+    listed = TEXT.partition("Errors a job can end with")[2].partition("\n\n")[0]
+    assert set(JobErrorCode) <= set(re.findall(r"`(\w+)`", listed))
 
 
 def test_every_module_is_listed() -> None:

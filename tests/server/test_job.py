@@ -12,6 +12,7 @@ from server.job import (
     MAX_SEED,
     TERMINAL,
     GenerationRequest,
+    JobKind,
     JobStatus,
     fingerprint,
     model_tag,
@@ -99,6 +100,6 @@ def test_seeds_of_a_job_s_samples_follow_each_other_and_stay_in_range() -> None:
 
 
 def test_only_done_failed_and_cancelled_are_final() -> None:
-    job = new_job(kind="image", model="scenes", request=request_of("x"), now_ms=1, deadline_ms=2)
+    job = new_job(kind=JobKind.IMAGE, model="scenes", request=request_of("x"), now_ms=1, deadline_ms=2)
     assert {JobStatus.DONE, JobStatus.FAILED, JobStatus.CANCELLED} == TERMINAL
     assert not job.finished

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from engines.bundle import write_manifest
+from server.job import JobKind
 from server.launch import (
     LaunchError,
     _keep_alive,
@@ -216,7 +217,7 @@ def test_every_bundle_gets_a_worker(tmp_path: Path) -> None:
 def test_workers_are_dealt_out(
     kinds: dict[str, str], num_workers: int, num_cores: int, expected: str
 ) -> None:
-    dealt = deal({Path(name): kind for name, kind in kinds.items()}, num_workers, num_cores)
+    dealt = deal({Path(name): JobKind(kind) for name, kind in kinds.items()}, num_workers, num_cores)
     assert "".join(map(str, dealt)) == expected
 
 
@@ -234,7 +235,7 @@ def test_workers_are_dealt_out(
 def test_workers_are_dealt_out_over_gpus(
     kinds: dict[str, str], num_workers: int, gpus: list[str], expected: str
 ) -> None:
-    dealt = deal_gpus({Path(name): kind for name, kind in kinds.items()}, num_workers, gpus)
+    dealt = deal_gpus({Path(name): JobKind(kind) for name, kind in kinds.items()}, num_workers, gpus)
     assert " ".join(f"{bundle}{gpu}" for bundle, gpu in dealt) == expected
 
 

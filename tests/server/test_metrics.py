@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 
-from server.metrics import Metrics, MetricsServer
+from server.metrics import Metrics, MetricsServer, Outcome
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -30,9 +30,11 @@ def test_every_name_has_our_prefix_and_a_unit() -> None:
 def test_end_of_a_job_is_counted_with_its_stages_in_seconds() -> None:
     metrics = Metrics()
 
-    metrics.observe_job_end("scenes", "image", outcome="done", e2e_ms=1500.0, timing_ms={"denoise": 250.0})
+    metrics.observe_job_end(
+        "scenes", "image", outcome=Outcome.DONE, e2e_ms=1500.0, timing_ms={"denoise": 250.0}
+    )
 
-    assert value(metrics, "tdm_jobs_total", class_="scenes", kind="image", outcome="done") == 1
+    assert value(metrics, "tdm_jobs_total", class_="scenes", kind="image", outcome=Outcome.DONE) == 1
     job = {"class_": "scenes", "kind": "image", "priority": "normal", "outcome": "done"}
     assert value(metrics, "tdm_job_e2e_seconds_sum", **job) == 1.5
     assert value(metrics, "tdm_job_stage_seconds_sum", class_="scenes", kind="image", stage="denoise") == 0.25

@@ -16,7 +16,7 @@ import pytest
 import redis
 import trustme
 
-from server.job import Job, JobError, Priority
+from server.job import Job, JobError, JobKind, Priority
 from server.queue.address import RedisAddress
 from server.queue.connection import connect
 from server.queue.leases import Lease, WorkerQueue
@@ -402,7 +402,7 @@ async def whole_life(
         await queue.enqueue(queued)
         await queue.position(queued)
         assert await queue.cancel(queued.id) is not None
-        video = new("deleted", kind="video")
+        video = new("deleted", kind=JobKind.VIDEO)
         await queue.enqueue(video)
         for newest_first in (True, False):
             jobs, _ = await queue.listing(

@@ -39,7 +39,7 @@ def start_one(worker: WorkerQueue, lease: Lease) -> Job:
 def dropped(worker: WorkerQueue, lease: Lease) -> str:
     (started,) = worker.start([lease])
     assert started.job is None
-    return started.dropped
+    return str(started.dropped)
 
 
 def all_keys(client: redis.Redis) -> set[str]:

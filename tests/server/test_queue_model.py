@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 from redis.exceptions import ResponseError
 
 from server.audit import Code, audit
-from server.job import TERMINAL, Job, JobError, JobStatus, OutputRef, Priority, new_job
+from server.job import TERMINAL, Job, JobError, JobKind, JobStatus, OutputRef, Priority, new_job
 from server.queue.census import Census
 from server.queue.connection import connect
 from server.queue.leases import (
@@ -151,7 +151,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(
         api=st.integers(0, 1),
-        kind=st.sampled_from(["image", "video"]),
+        kind=st.sampled_from(JobKind),
         tenant=TENANTS,
         priority=PRIORITIES,
         body=st.sampled_from(["x", "y"]),
@@ -162,7 +162,7 @@ class QueueMachine(RuleBasedStateMachine):
     def enqueue(
         self,
         api: int,
-        kind: str,
+        kind: JobKind,
         tenant: str,
         priority: Priority,
         body: str,
@@ -173,7 +173,7 @@ class QueueMachine(RuleBasedStateMachine):
         job = new_job(
             kind=kind,
             model=MODEL,
-            request=request_of(body, fps=8 if kind == "video" else None),
+            request=request_of(body, fps=8 if kind is JobKind.VIDEO else None),
             now_ms=self.clock.now_ms,
             deadline_ms=self.clock.now_ms + deadline_s * 1000,
             priority=priority,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from engines.bucket import Bucket
-from server.queue.records import UnreadableJobError, dump_request, load_job, load_request
+from server.job import JobError, JobErrorCode
+from server.queue.records import UnreadableJobError, dump_error, dump_request, load_job, load_request
 from tests.server.conftest import request_of
 
 CLIP = request_of("ein Würfel", bucket=Bucket(32, 48, 9), output_format="mp4", fps=8)
@@ -75,3 +76,8 @@ def test_record_is_read_into_a_job() -> None:
 def test_record_that_cannot_be_read_names_its_job(changed: dict[str, str]) -> None:
     with pytest.raises(UnreadableJobError, match="record of job img_1"):
         load_job("scenes", "img_1", record(**changed))
+
+
+@pytest.mark.parametrize("code", JobErrorCode)
+def test_error_is_stored_as_plain_text(code: JobErrorCode) -> None:
+    assert dump_error(JobError(code=code, message="m")) == f'{{"code": "{code.value}", "message": "m"}}'

@@ -32,7 +32,7 @@ from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from engines.signature import read_key, sign_bundle
 from server.heartbeat import Heartbeat
 from server.inbox import Inbox
-from server.job import Job, JobStatus, new_job
+from server.job import Job, JobKind, JobStatus, new_job
 from server.metrics import Metrics
 from server.packing import Provenance, prompt_hash, read_provenance
 from server.queue.connection import connect, system_now_ms
@@ -247,7 +247,7 @@ def job_of(prompt: str, *, seed: int = 7, n: int = 1, deadline_s: float = 600, *
     now_ms = system_now_ms()
     full = request_of(prompt, num_samples=n, seed=seed, **request)
     deadline_ms = now_ms + int(deadline_s * 1000)
-    return new_job(kind="image", model=MODEL, request=full, now_ms=now_ms, deadline_ms=deadline_ms)
+    return new_job(kind=JobKind.IMAGE, model=MODEL, request=full, now_ms=now_ms, deadline_ms=deadline_ms)
 
 
 def clip_of(prompt: str, *, seed: int = 7, num_steps: int = 4) -> Job:
@@ -255,7 +255,11 @@ def clip_of(prompt: str, *, seed: int = 7, num_steps: int = 4) -> Job:
     request = request_of(prompt, bucket=clip, seed=seed, num_steps=num_steps, output_format="mp4", fps=8)
     now_ms = system_now_ms()
     return new_job(
-        kind="video", model="tiny-cogvideox", request=request, now_ms=now_ms, deadline_ms=now_ms + 600_000
+        kind=JobKind.VIDEO,
+        model="tiny-cogvideox",
+        request=request,
+        now_ms=now_ms,
+        deadline_ms=now_ms + 600_000,
     )
 
 
