@@ -191,10 +191,7 @@ def _listener(settings: Settings) -> socket.socket:
 
 def _count_deadline(metrics: Metrics, job: Job) -> None:
     """Count a job that no worker started in time."""
-    e2e_ms = (job.finished_ms or job.deadline_ms) - job.created_ms
-    metrics.observe_job_end(
-        job.model, job.kind, outcome=Outcome.DEADLINE, e2e_ms=e2e_ms, priority=job.priority
-    )
+    metrics.observe_job_end(job, Outcome.DEADLINE, now_ms=job.finished_ms or job.deadline_ms)
 
 
 async def _export_gauges(services: Services, closing: asyncio.Event) -> None:

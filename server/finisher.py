@@ -222,12 +222,10 @@ class Finisher:
 
     def _count_end(self, leased: LeasedJob, outcome: Outcome) -> None:
         self._metrics.observe_job_end(
-            leased.job.model,
-            leased.job.kind,
-            outcome=outcome,
-            e2e_ms=self._clock() - leased.job.created_ms,
+            leased.job,
+            outcome,
+            now_ms=self._clock(),
             timing_ms=leased.timing_ms if outcome is Outcome.DONE else None,
-            priority=leased.job.priority,
             version=self._version,
         )
 

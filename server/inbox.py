@@ -199,14 +199,9 @@ class Inbox:
     def _count_drop(self, job: Job, why: Dropped | None) -> None:
         log.info("not started: %s", why, extra={"job_id": job.id})
         if why in (Dropped.DEADLINE, Dropped.POISON, Dropped.CANCELLED):  # ended by this very start
-            age_ms = self._clock() - job.created_ms
-            self._metrics.observe_job_end(
-                job.model, job.kind, outcome=Outcome(why), e2e_ms=age_ms, priority=job.priority
-            )
+            self._metrics.observe_job_end(job, Outcome(why), now_ms=self._clock())
         else:
             self._metrics.job_duplicates.labels(job.model, "start").inc()
-        if why is Dropped.POISON:
-            self._metrics.dead_letters.labels(job.model, JobErrorCode.POISON).inc()
 
     def _join_prefetch(self) -> None:
         """Wait for the prefetch and raise its error, if any."""

@@ -25,6 +25,8 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from server.job import Job
+
 PREFIX = "tdm"
 
 logger = logging.getLogger(__name__)
@@ -149,32 +151,31 @@ class Metrics:
 
     def observe_job_end(
         self,
-        model: str,
-        kind: str,
-        *,
+        job: Job,
         outcome: Outcome,
-        e2e_ms: float,
+        *,
+        now_ms: int,
         timing_ms: Mapping[str, float] | None = None,
-        priority: str = "normal",
         version: str | None = None,
     ) -> None:
-        """Count one job that reached a terminal state.
+        """Count one job that reached a terminal state; for whoever ends it.
 
         Args:
-            model: queue class.
-            kind: image or video.
+            job: as it was queued, or later.
             outcome: how it ended.
-            e2e_ms: accepted to terminal.
-            timing_ms: the job's stages, as `Job.timing` names them.
-            priority: the job's priority class.
+            now_ms: when, unix ms.
+            timing_ms: its stages, as `Job.timing` names them.
             version: of the bundle that ended it, where one did.
         """
-        self.jobs.labels(model, kind, outcome).inc()
+        self.jobs.labels(job.model, job.kind, outcome).inc()
         if version is not None:
-            self.version_jobs.labels(model, version, outcome).inc()
-        self.job_e2e.labels(model, kind, priority, outcome).observe(e2e_ms / 1000)
+            self.version_jobs.labels(job.model, version, outcome).inc()
+        e2e_s = (now_ms - job.created_ms) / 1000
+        self.job_e2e.labels(job.model, job.kind, job.priority, outcome).observe(e2e_s)
         for stage, spent_ms in (timing_ms or {}).items():
-            self.job_stage.labels(model, kind, stage).observe(spent_ms / 1000)
+            self.job_stage.labels(job.model, job.kind, stage).observe(spent_ms / 1000)
+        if outcome is Outcome.POISON:
+            self.dead_letters.labels(job.model, outcome).inc()
 
     def observe_batch(
         self, model: str, *, size: int, capacity: int, num_steps: int, busy_ms: float, gpu: str

@@ -64,13 +64,7 @@ async def cancel(services: Services, job: Job) -> Job | None:
 def count_cancelled(services: Services, before: Job, now: Job) -> None:
     """Count a job that was cancelled in the queue: those that run are counted by their worker."""
     if before.status is JobStatus.QUEUED and now.status is JobStatus.CANCELLED:
-        services.metrics.observe_job_end(
-            now.model,
-            now.kind,
-            outcome=Outcome.CANCELLED,
-            e2e_ms=services.now_ms() - now.created_ms,
-            priority=now.priority,
-        )
+        services.metrics.observe_job_end(now, Outcome.CANCELLED, now_ms=services.now_ms())
 
 
 async def _disconnected(request: Request) -> None:
