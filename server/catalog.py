@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from pydantic import ValidationError
 
 from engines.bucket import Bucket
-from engines.bundle import Backend, Manifest
+from engines.bundle import Manifest
 from server.admission import Load
+from server.cost import batch_cost
 from server.errors import ModelNotFoundError, NoWorkerError, WrongKindError
 from server.job import JobKind
 from server.queue.errors import QueueError
@@ -32,8 +33,6 @@ PATIENCE_S = 0.5
 """How long a request waits for a fresh catalogue when there is an older one."""
 FAILURE_AGE_S = 1.0
 """How long a failed read is remembered, so that nobody waits for the next one."""
-UNMEASURED_MS = 1000.0
-"""Taken for a batch of a bundle that was never measured."""
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +75,13 @@ class ServedModel:
             max_batch=min((worker.max_batch for worker in workers), default=max(self.manifest.batch_sizes)),
         )
 
-    def batch_ms(self, bucket: Bucket, num_steps: int) -> Callable[[int], float]:
-        """Predicted time of a batch by its number of samples, from the bundle's measured table.
+    def batch_ms(self, bucket: Bucket, num_steps: int) -> Callable[[int], float] | None:
+        """Predicted time of a batch by its number of samples; None if nothing of the kind was measured.
 
         Workers may run another backend than the fastest that was measured; what runs decides.
         """
         backends = [*(worker.backend for worker in self.stats.workers), self.manifest.backend]
-
-        def predict(num_samples: int) -> float:
-            for backend in backends:
-                with suppress(ValueError):  # this backend was not measured
-                    return self.manifest.predict_ms(bucket, num_steps, num_samples, cast("Backend", backend))
-            return UNMEASURED_MS
-
-        return predict
+        return batch_cost(self.manifest, bucket, num_steps, backends)
 
 
 class Catalog:

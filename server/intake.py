@@ -37,6 +37,9 @@ MAX_RANDOM_SEED = 2**32
 MEMORY_RETRY_MS = 5_000.0
 """A full Redis gets room when jobs end, or when somebody gives it more: not at once."""
 
+UNMEASURED_MS = 1000.0
+"""Taken for a batch of a bundle that was never measured, to admit by."""
+
 DEFAULT_FPS = 8
 """Of a video bundle that does not say."""
 LENGTH_TOLERANCE = 0.01
@@ -52,7 +55,7 @@ class Accepted:
     Attributes:
         attached: the idempotency key was known, so this is the job of an earlier request.
         position: jobs ahead of it when it was accepted.
-        eta_ms: predicted time until it is finished; None with no live worker.
+        eta_ms: predicted time until it is finished; None with no live worker, and if nothing was measured.
     """
 
     job_id: str
@@ -76,9 +79,10 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
     deadline_ms = round(services.settings.deadline_s(kind) * 1000)
     model = await services.catalog.find(body.model, kind=kind)
     request = _complete(body, model.manifest)
+    batch_ms = model.batch_ms(request.bucket, request.num_steps)
     decision = decide(
         model.load,
-        model.batch_ms(request.bucket, request.num_steps),
+        batch_ms or (lambda _: UNMEASURED_MS),
         num_samples=request.num_samples,
         max_waiting=services.settings.max_queue,
         deadline_ms=deadline_ms,
@@ -107,7 +111,7 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
         job_id=result.job_id,
         attached=result.status is EnqueueStatus.DUP,
         position=result.position,
-        eta_ms=decision.eta_ms,
+        eta_ms=None if batch_ms is None else decision.eta_ms,
     )
 
 

@@ -24,6 +24,7 @@ from engines.errors import EngineError
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from engines.signature import read_key
 from server.batching import CostModel, Row
+from server.cost import batch_cost
 from server.expiry import Expiry
 from server.finisher import Finisher
 from server.heartbeat import Heartbeat
@@ -350,10 +351,8 @@ def _cost_model(manifest: Manifest, backend: str) -> CostModel:
 
     @functools.cache
     def cost_ms(bucket: Bucket, num_steps: int, batch: int) -> float:
-        try:
-            return manifest.predict_ms(bucket, num_steps, batch, backend)  # type: ignore[arg-type]
-        except ValueError:
-            return 1.0
+        cost = batch_cost(manifest, bucket, num_steps, (backend,))
+        return 1.0 if cost is None else cost(batch)
 
     return cost_ms
 

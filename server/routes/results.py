@@ -72,13 +72,18 @@ def expired(job: Job) -> ResultExpiredError:
 
 
 async def eta_of(services: Services, job: Job, position: int | None) -> float | None:
-    """Predicted ms until an unfinished job is finished; `position` is None for one that runs."""
+    """Predicted ms until an unfinished job is finished; `position` is None for one that runs.
+
+    Returns:
+        None where nothing is known of such a job: its bundle may have been built anew without its size.
+    """
     model = (await services.catalog.models()).get(job.model)
-    if model is None:
+    batch_ms = model.batch_ms(job.request.bucket, job.request.num_steps) if model is not None else None
+    if model is None or batch_ms is None:
         return None
     return predict_eta_ms(
         model.load,
-        model.batch_ms(job.request.bucket, job.request.num_steps),
+        batch_ms,
         num_samples=job.request.num_samples,
         ahead=0 if position is None else position + model.stats.running,
     )

@@ -19,7 +19,7 @@ from server.job import JobError, JobStatus
 from server.queue.connection import connect
 from server.settings import Settings
 from tests.server.api import Api, error_of, running_api
-from tests.server.manifests import EXAMPLES
+from tests.server.manifests import EXAMPLES, make_manifest
 
 
 @pytest.fixture
@@ -187,6 +187,33 @@ async def test_job_that_outlasts_the_wait_can_be_followed(api: Api) -> None:
     await asyncio.to_thread(api.worker.finish, started)
     done = (await api.client.get(accepted.headers["location"])).json()
     assert (done["status"], done["progress"], done["eta_s"], len(done["data"])) == ("completed", 100, None, 2)
+
+
+@pytest.mark.parametrize("state", ["queued", "in_progress"])
+async def test_job_of_a_size_that_its_bundle_no_longer_has_can_be_followed(api: Api, state: str) -> None:
+    accepted = (await api.post({"wait_s": 0, "size": "64x96"})).json()
+    if state == "in_progress":
+        await asyncio.to_thread(api.worker.start)
+    rebuilt = make_manifest(buckets=["64x64"])
+    api.worker.redis.hset("q:models", "scenes", rebuilt.model_dump_json())
+    await api.services.catalog.models(max_age_s=0.0)
+
+    for method in ("GET", "DELETE"):
+        response = await api.client.request(method, f"/v1/images/{accepted['id']}")
+        job = response.json()
+        assert (response.status_code, job["size"], job["steps"], job["eta_s"]) == (200, "64x96", 4, None)
+    content = await api.client.get(f"/v1/images/{accepted['id']}/content")
+    assert error_of(content)[1] != "size_not_served"
+    refused = await api.post({"size": "64x96"})
+    assert error_of(refused) == (422, "size_not_served", "size")
+
+
+async def test_bundle_that_was_never_measured_promises_no_time(api: Api) -> None:
+    api.worker.redis.hset("q:models", "scenes", make_manifest(latency=[]).model_dump_json())
+    await api.services.catalog.models(max_age_s=0.0)
+
+    accepted = await api.post({"wait_s": 0})
+    assert (accepted.status_code, accepted.json()["eta_s"]) == (202, None)
 
 
 @pytest.mark.parametrize("prefer", ["wait=0", "respond-async, wait=0", "respond-async"])
