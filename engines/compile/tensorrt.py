@@ -22,6 +22,7 @@ from engines.compile.plan_report import read_plan_report
 from engines.errors import CompileError
 from engines.families.checkpoint import read_json, weight_files
 from engines.families.spec import get_family
+from engines.files import atomic_write
 from engines.platform import Platform
 from engines.runtime.stages import MODULE_DTYPES
 from engines.runtime.tensorrt import import_tensorrt, last_lines, make_logger
@@ -158,9 +159,7 @@ def _make(trt: Any, job: PlanJob, onnx_file: Path, plan: Path, report: Path) -> 
         "inspector": json.loads(inspected),
     }
     report.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    partial = plan.with_name(f"partial-{plan.name}")
-    partial.write_bytes(serialized)
-    partial.replace(plan)
+    atomic_write(plan, serialized)
 
 
 def _with_facts(engine: EngineFile, report: Path) -> EngineFile:
