@@ -19,6 +19,7 @@ from typing import Any
 from engines.bundle import EngineFile, StageSpec, hash_file
 from engines.compile.onnx_export import OPSET, export_onnx
 from engines.compile.plan_report import read_plan_report
+from engines.compile.sources import hash_sources
 from engines.errors import CompileError
 from engines.families.checkpoint import read_json, weight_files
 from engines.families.spec import get_family
@@ -33,8 +34,6 @@ UNTRIED = (
 
 OPTIMIZATION_LEVEL = 5
 """0 to 5: how many kernels are tried. 3 is TensorRT's default; a release is built once and run often."""
-
-SHARED_BY_FAMILIES = ("image_vae", "step_aware", "t5")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +85,6 @@ def describe_plan(job: PlanJob) -> EngineFile:
 def plan_key(job: PlanJob) -> str:
     """Hash of all a plan is made from: weights, configs, shapes, sources, settings, GPU and TensorRT."""
     parts = [job.bundle / "checkpoint" / part for part in job.spec.parts]
-    package = Path(__file__).parent.parent
-    sources = [
-        *(package / "families" / f"{name}.py" for name in (job.family, *SHARED_BY_FAMILIES)),
-        *(package / "compile" / f"{name}.py" for name in ("export", "onnx_export")),
-        Path(__file__),
-    ]
     ingredients = {
         "spec": job.spec.model_dump(mode="json"),
         "batches": list(job.batch_sizes),
@@ -103,7 +96,7 @@ def plan_key(job: PlanJob) -> str:
         "platform": job.platform.model_dump(
             include={"torch", "os", "machine", "gpu", "compute_capability", "driver", "tensorrt"}
         ),
-        "sources": [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
+        "sources": hash_sources(job.family, "compile.tensorrt"),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
