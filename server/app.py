@@ -36,7 +36,7 @@ from server.metrics import Metrics, Outcome, start_metrics_server
 from server.middleware import BodyLimit, RequestContext, error_response
 from server.queue.connection import system_now_ms
 from server.queue.errors import QueueError
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
 from server.routes import health, images, models, page, videos
 from server.services import Services
 from server.settings import Settings

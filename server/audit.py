@@ -14,8 +14,8 @@ from enum import StrEnum
 
 from server.job import JobStatus, created_ms_of
 from server.queue.census import Census, Letter, Mention, Sight, Sightings, classes_of
-from server.queue.leases import MAX_ATTEMPTS
-from server.queue.queue import DEADLINE_GRACE_MS, SWEEP_S
+from server.queue.job_queue import DEADLINE_GRACE_MS, SWEEP_S
+from server.queue.worker_queue import MAX_ATTEMPTS
 from server.store import ResultStore, Stored
 
 # A sweep that is due may be under way, and clocks differ a little.

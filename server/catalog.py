@@ -24,7 +24,7 @@ from server.cost import batch_cost
 from server.errors import ModelNotFoundError, NoWorkerError, WrongKindError
 from server.job import JobKind
 from server.queue.errors import QueueError
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
 from server.queue.records import QueueStats
 from server.queue.routes import common_ground
 

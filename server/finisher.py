@@ -15,7 +15,7 @@ from server.job import JobError, JobErrorCode, JobStatus, OutputRef
 from server.metrics import Metrics, Outcome
 from server.packing import Packed, Provenance, pack, prompt_hash
 from server.queue.errors import QueueError
-from server.queue.leases import Settled, WorkerQueue
+from server.queue.worker_queue import Settled, WorkerQueue
 from server.store import ResultStore
 from server.work import LeasedJob
 

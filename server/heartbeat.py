@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 
 from server.metrics import Metrics
 from server.queue.errors import QueueError
-from server.queue.leases import Lease, Verdict, WorkerQueue
 from server.queue.records import WorkerInfo
+from server.queue.worker_queue import Lease, Verdict, WorkerQueue
 
 log = logging.getLogger(__name__)
 

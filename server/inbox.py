@@ -19,8 +19,8 @@ from server.heartbeat import Heartbeat
 from server.job import Job, JobError, JobErrorCode
 from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError
-from server.queue.leases import Dropped, Lease, WorkerQueue
 from server.queue.records import UnreadableJobError
+from server.queue.worker_queue import Dropped, Lease, WorkerQueue
 from server.work import LeasedJob
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 
 from server.catalog import Catalog
 from server.metrics import Metrics
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
 from server.settings import Settings
 from server.store import ResultStore
 

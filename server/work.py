@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from engines.bucket import Bucket
 from server.batching import Row
 from server.job import Job, sample_seed
-from server.queue.leases import Lease
+from server.queue.worker_queue import Lease
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

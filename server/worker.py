@@ -33,9 +33,9 @@ from server.job import JobError, JobErrorCode, JobKind, JobStatus
 from server.metrics import Metrics, start_metrics_server
 from server.queue.connection import system_now_ms
 from server.queue.errors import QueueError
-from server.queue.leases import Lease, Verdict, WorkerQueue
 from server.queue.records import WorkerInfo
 from server.queue.routes import Routes
+from server.queue.worker_queue import Lease, Verdict, WorkerQueue
 from server.settings import WorkerSettings
 from server.store import ResultStore
 from server.work import LeasedJob

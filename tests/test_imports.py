@@ -68,7 +68,7 @@ def is_within(name: str, prefixes: tuple[str, ...]) -> bool:
 
 @functools.cache
 def sources() -> dict[str, ast.Module]:
-    """Every module of the project by its path from the root, e.g. `server/queue/queue.py`."""
+    """Every module of the project by its path from the root, e.g. `server/queue/job_queue.py`."""
     return {
         path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         for package in PACKAGES

@@ -17,9 +17,9 @@ from server.heartbeat import Heartbeat
 from server.job import GenerationRequest, Job, JobKind, OutputRef, new_job
 from server.metrics import Metrics
 from server.queue.connection import system_now_ms
-from server.queue.leases import Lease, Settled, WorkerQueue
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
 from server.queue.records import EnqueueStatus, WorkerInfo
+from server.queue.worker_queue import Lease, Settled, WorkerQueue
 
 MODEL = "null"
 MAX_BATCH = 32

@@ -14,8 +14,7 @@ from typing import Any
 
 from server.job import ID_PREFIX, Job, JobError, JobKind, Priority, new_job
 from server.queue.connection import connect, system_now_ms
-from server.queue.leases import class_prefix
-from server.queue.queue import MODELS_KEY
+from server.queue.keys import MODELS_KEY, class_prefix
 from server.queue.records import dump_request, load_request
 from server.queue.scripts import script
 

@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from engines.bundle import Manifest
 from server.job import GenerationRequest, Priority
 from server.queue.connection import connect, system_now_ms
-from server.queue.leases import class_prefix
-from server.queue.queue import MODELS_KEY
+from server.queue.keys import MODELS_KEY, class_prefix, job_key, waiting_key
 from server.queue.records import UnreadableJobError, WorkerInfo, load_request, load_worker
 from server.queue.scripts import script
 
@@ -181,13 +180,12 @@ class Routes:
 
     def _queued(self, model: str) -> Iterator[GenerationRequest]:
         """What waits; without what cannot be read, which no version draws better than another."""
-        prefix = class_prefix(model)
         for priority in Priority:
-            ids: Any = self._redis.zrange(f"{prefix}:n:{priority}", 0, -1)
+            ids: Any = self._redis.zrange(waiting_key(model, priority), 0, -1)
             for start in range(0, len(ids), PAGE):
                 pipeline = self._redis.pipeline(transaction=False)
                 for job_id in ids[start : start + PAGE]:
-                    pipeline.hget(f"{prefix}:j:{job_id}", "req")
+                    pipeline.hget(job_key(model, job_id), "req")
                 for text in filter(None, pipeline.execute()):
                     with suppress(UnreadableJobError):
                         yield load_request(text)

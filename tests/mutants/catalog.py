@@ -32,7 +32,8 @@ VERDICT = "tests/engines/test_gate.py"
 PARITY = "tests/engines/test_compile.py -k parity_of or disagrees or agreement or pixels"
 PIPELINE = "tests/engines/test_runtime.py -k not aotinductor"
 QUEUE = (
-    "tests/server/test_queue.py tests/server/test_idempotency.py tests/server/test_fairness.py -k not [redis"
+    "tests/server/queue/test_queue.py tests/server/test_idempotency.py tests/server/queue/test_fairness.py"
+    " -k not [redis"
 )
 POLICY = "tests/server/test_batching.py"
 

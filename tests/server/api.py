@@ -18,8 +18,8 @@ from server.app import create_app
 from server.job import Job, JobError, OutputRef, sample_seed
 from server.packing import Provenance, pack, prompt_hash
 from server.queue.connection import connect
-from server.queue.leases import Lease, Settled, WorkerQueue
 from server.queue.records import WorkerInfo
+from server.queue.worker_queue import Lease, Settled, WorkerQueue
 from server.services import Services
 from server.settings import Settings
 from server.store import ResultStore

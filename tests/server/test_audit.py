@@ -14,8 +14,8 @@ from server.__main__ import main
 from server.audit import OVERDUE_MS, Code, Report, audit
 from server.job import Job, JobError, JobStatus, OutputRef, new_job_id
 from server.queue.census import Census
-from server.queue.leases import WorkerQueue
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
+from server.queue.worker_queue import WorkerQueue
 from server.store import ResultStore
 from tests.server.conftest import MODEL, STREAM, Clock
 

@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as NoConnectionError
 
 from server.catalog import FAILURE_AGE_S, MAX_AGE_S, Catalog
 from server.queue.errors import QueueError
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
 from server.queue.records import QueueStats
 from tests.server.manifests import make_manifest
 

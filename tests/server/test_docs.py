@@ -10,7 +10,7 @@ from server.job import JobErrorCode
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "server/README.md").read_text(encoding="utf-8")
-PROOFS = re.findall(r"`((?:server|failures|e2e)/test_\w+\.py)::(\w+)`", TEXT)
+PROOFS = re.findall(r"`((?:server|failures|e2e)/(?:\w+/)?test_\w+\.py)::(\w+)`", TEXT)
 
 
 def test_every_failure_names_its_proof() -> None:

@@ -38,9 +38,10 @@ from server.packing import Provenance, prompt_hash, read_provenance
 from server.queue.connection import connect, system_now_ms
 from server.queue.embedded import EmbeddedValkey
 from server.queue.errors import QueueError
-from server.queue.leases import Lease, WorkerQueue, stream_of
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
+from server.queue.keys import stream_of
 from server.queue.records import UnreadableJobError
+from server.queue.worker_queue import Lease, WorkerQueue
 from server.settings import WorkerSettings
 from server.store import ResultStore
 from server.worker import EXIT_ENGINE_LOST, EXIT_OK, load_pipeline, serve

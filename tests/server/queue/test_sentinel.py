@@ -13,9 +13,9 @@ from redis.exceptions import RedisError
 
 from server.job import Job, JobStatus
 from server.queue.connection import connect
-from server.queue.leases import Settled, WorkerQueue
+from server.queue.job_queue import JobQueue
 from server.queue.preflight import RedisUnreachableError, UnusableRedisError, check_server
-from server.queue.queue import JobQueue
+from server.queue.worker_queue import Settled, WorkerQueue
 from tests.server.conftest import MODEL, VERSION, Clock, poll, poll_async, worker_info
 from tests.server.redis_servers import Server, binary_of, running
 

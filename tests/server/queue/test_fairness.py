@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 
 from server.job import Job, Priority
-from server.queue.leases import WorkerQueue
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
 from server.queue.records import EnqueueStatus
+from server.queue.worker_queue import WorkerQueue
 from tests.server.conftest import Clock
 
 NewJob = Callable[..., Job]

@@ -2,7 +2,7 @@
 
 Hypothesis plays api processes and workers that act in turn, freeze, die, repeat a verb whose reply got lost,
 and wake up long after their leases went to somebody else. After each step all that Redis holds is compared
-with what the model says. Only whose turn it is the model leaves open; tests/server/test_fairness.py does not.
+with what the model says. Only whose turn it is the model leaves open; test_fairness.py does not.
 
 QUEUE_MODEL_EXAMPLES=2000 in the environment makes a soak of it.
 """
@@ -31,18 +31,18 @@ from server.audit import Code, audit
 from server.job import TERMINAL, Job, JobError, JobKind, JobStatus, OutputRef, Priority, new_job
 from server.queue.census import Census
 from server.queue.connection import connect
-from server.queue.leases import (
+from server.queue.job_queue import DEADLINE_GRACE_MS, JobQueue
+from server.queue.keys import stream_of
+from server.queue.records import EnqueueStatus, load_job
+from server.queue.scripts import script
+from server.queue.worker_queue import (
     MAX_ATTEMPTS,
     WORKER_TTL_MS,
     Lease,
     Settled,
     Verdict,
     WorkerQueue,
-    stream_of,
 )
-from server.queue.queue import DEADLINE_GRACE_MS, JobQueue
-from server.queue.records import EnqueueStatus, load_job
-from server.queue.scripts import script
 from server.store import ResultStore
 from tests.server.conftest import MODEL, Clock, request_of, worker_info
 

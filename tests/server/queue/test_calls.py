@@ -11,9 +11,9 @@ from redis.exceptions import ResponseError
 from server.job import Job, JobStatus
 from server.queue.calls import MAX_PIPELINE, Calls
 from server.queue.connection import connect_async
-from server.queue.leases import Settled, WorkerQueue
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
 from server.queue.records import EnqueueStatus
+from server.queue.worker_queue import Settled, WorkerQueue
 from tests.server.conftest import poll_async
 
 NewJob = Callable[..., Job]

@@ -12,9 +12,9 @@ from server.__main__ import main
 from server.job import Job, JobStatus, Priority
 from server.queue.dead import DeadLetter, DeadLetters, Retried
 from server.queue.embedded import EmbeddedValkey
-from server.queue.leases import MAX_ATTEMPTS, WorkerQueue
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
 from server.queue.records import dump_request, load_request
+from server.queue.worker_queue import MAX_ATTEMPTS, WorkerQueue
 from tests.server.conftest import MODEL, Clock, let_leases_lapse
 
 NewJob = Callable[..., Job]

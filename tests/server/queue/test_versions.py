@@ -11,9 +11,10 @@ import redis
 from engines.bucket import Bucket
 from server.catalog import Catalog
 from server.job import Job, JobStatus
-from server.queue.leases import Lease, Settled, WorkerQueue, stream_of
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
+from server.queue.keys import stream_of
 from server.queue.routes import Route, Routes
+from server.queue.worker_queue import Lease, Settled, WorkerQueue
 from server.swap import SwapError, _fields, look, promote, roll_back, share
 from tests.server.conftest import MODEL, Clock, let_leases_lapse, worker_info
 from tests.server.manifests import make_manifest

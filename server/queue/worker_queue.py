@@ -14,6 +14,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
 from server.job import Job, JobError, JobStatus, OutputRef, Priority
 from server.queue.connection import SOCKET_TIMEOUT_S, connect, system_now_ms
+from server.queue.keys import GROUP, MODELS_KEY, class_prefix, job_key, stream_of, waiting_key
 from server.queue.records import (
     UnreadableJobError,
     WorkerInfo,
@@ -26,7 +27,6 @@ from server.queue.scripts import script, script_sha
 
 log = logging.getLogger(__name__)
 
-GROUP = "w"
 MAX_ATTEMPTS = 3
 WORKER_TTL_MS = 15_000
 MAX_BLOCK_MS = int(SOCKET_TIMEOUT_S * 1000) // 2
@@ -140,7 +140,7 @@ class WorkerQueue:
         if self._announce:
             with suppress(OutOfMemoryError):  # a full Redis still serves; this comes with a later beat
                 self._redis.hset(f"{self._prefix}:m", self.version, manifest_json)
-                self._redis.hset("q:models", self.model, manifest_json)
+                self._redis.hset(MODELS_KEY, self.model, manifest_json)
                 self._announce = False
 
     def leave(self) -> None:
@@ -193,9 +193,9 @@ class WorkerQueue:
         """The leased jobs, unstarted (None: no longer known), and how many wait in the whole class."""
         pipeline = self._redis.pipeline(transaction=False)
         for lease in leases:
-            pipeline.hgetall(f"{self._prefix}:j:{lease.job_id}")
+            pipeline.hgetall(job_key(self.model, lease.job_id))
         for priority in Priority:
-            pipeline.zcard(f"{self._prefix}:n:{priority}")
+            pipeline.zcard(waiting_key(self.model, priority))
         replies: list[Any] = pipeline.execute()
         hashes, counts = replies[: len(leases)], replies[len(leases) :]
         jobs = [self._read(lease, fields) for lease, fields in zip(leases, hashes, strict=True)]
@@ -328,16 +328,6 @@ class WorkerQueue:
         if verdict != "run":
             return Started(None, Dropped(rest[0] if rest else verdict))
         return Started(load_job(self.model, lease.job_id, dict(zip(rest[::2], rest[1::2], strict=True))))
-
-
-def class_prefix(model: str) -> str:
-    """Prefix of every key of a class; the braces keep them in one cluster slot."""
-    return f"q:{{{model}}}"
-
-
-def stream_of(model: str, version: str) -> str:
-    """The lane of one version: the stream that is its dispatch window."""
-    return f"{class_prefix(model)}:s:{version}"
 
 
 def _lease(entry: tuple[str, Mapping[str, str]]) -> Lease:

@@ -19,7 +19,7 @@ import trustme
 from server.job import Job, JobError, JobKind, Priority
 from server.queue.address import RedisAddress
 from server.queue.connection import connect
-from server.queue.leases import Lease, WorkerQueue
+from server.queue.job_queue import JobQueue
 from server.queue.preflight import (
     COMMANDS,
     OPERATOR_COMMANDS,
@@ -30,8 +30,8 @@ from server.queue.preflight import (
     refuse_wrong_kind,
     wait_until_usable,
 )
-from server.queue.queue import JobQueue
 from server.queue.routes import Route, Routes
+from server.queue.worker_queue import Lease, WorkerQueue
 from tests.server.conftest import MODEL, VERSION, Clock, let_leases_lapse, worker_info
 from tests.server.manifests import make_manifest
 from tests.server.redis_servers import Server, binary_of, running
@@ -328,7 +328,7 @@ class TestAcl:
         assert re.search(r"may not use SET, GET, .* and \d+ more on q:\*; allow it with", refusal(url))
 
     def test_documented_rules_are_these(self) -> None:
-        text = Path(__file__).parents[2].joinpath("deploy", "README.md").read_text()
+        text = Path(__file__).parents[3].joinpath("deploy", "README.md").read_text()
         command = text.partition("ACL SETUSER")[2].partition("```")[0]
 
         assert re.findall(r"[~+][a-z|:*]+", command) == acl_rules().split()

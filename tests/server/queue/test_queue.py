@@ -9,10 +9,10 @@ import pytest
 import redis
 
 from server.job import Job, JobError, JobStatus, OutputRef, Priority
-from server.queue.leases import MAX_ATTEMPTS, Lease, Settled, Verdict, WorkerQueue
-from server.queue.queue import DEADLINE_GRACE_MS, JobQueue
+from server.queue.job_queue import DEADLINE_GRACE_MS, JobQueue
 from server.queue.records import EnqueueStatus
 from server.queue.scripts import VERBS, script
+from server.queue.worker_queue import MAX_ATTEMPTS, Lease, Settled, Verdict, WorkerQueue
 from tests.server.conftest import MODEL, STREAM, Clock, let_leases_lapse, worker_info
 
 NewJob = Callable[..., Job]

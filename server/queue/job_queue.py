@@ -16,7 +16,7 @@ from redis.exceptions import OutOfMemoryError, RedisError
 from server.job import TERMINAL, Job, Priority, model_tag
 from server.queue.calls import Calls
 from server.queue.connection import connect_async, system_now_ms
-from server.queue.leases import class_prefix
+from server.queue.keys import MODELS_KEY, class_prefix, job_key, waiting_key
 from server.queue.records import (
     EnqueueResult,
     EnqueueStatus,
@@ -35,7 +35,6 @@ SWEEP_S = 5.0
 # After its deadline a running job's worker has this long to say so, or to complete, before the sweep ends it.
 DEADLINE_GRACE_MS = 30_000
 READ_BLOCK_MS = 2_000
-MODELS_KEY = "q:models"
 
 
 class JobQueue:
@@ -143,7 +142,7 @@ class JobQueue:
             UnreadableJobError: another version of the server wrote its record.
         """
         for model in await self._models_of(job_id):
-            fields: Any = await self._calls.command("HGETALL", f"{class_prefix(model)}:j:{job_id}")
+            fields: Any = await self._calls.command("HGETALL", job_key(model, job_id))
             if fields:
                 return load_job(model, job_id, fields)
         return None
@@ -158,7 +157,7 @@ class JobQueue:
 
     async def position(self, job: Job) -> int | None:
         """Jobs of its priority that were waiting before it and still are; None once it runs or has ended."""
-        rank: Any = await self._calls.command("ZRANK", f"{class_prefix(job.model)}:n:{job.priority}", job.id)
+        rank: Any = await self._calls.command("ZRANK", waiting_key(job.model, job.priority), job.id)
         return None if rank is None else int(rank)
 
     async def cancel(self, job_id: str) -> Job | None:
@@ -240,9 +239,9 @@ class JobQueue:
         prefix, now_ms = class_prefix(model), self._clock()
         pipeline = self._redis.pipeline(transaction=False)
         for priority in Priority:
-            pipeline.zcard(f"{prefix}:n:{priority}")
+            pipeline.zcard(waiting_key(model, priority))
         for priority in Priority:
-            pipeline.zrange(f"{prefix}:n:{priority}", 0, 0, withscores=True)
+            pipeline.zrange(waiting_key(model, priority), 0, 0, withscores=True)
         pipeline.zcard(f"{prefix}:live")
         pipeline.xlen(f"{prefix}:dead")
         pipeline.zcard(f"{prefix}:ended")
