@@ -44,7 +44,7 @@ def run_api(settings: Settings) -> int:
 def run_worker(settings: Settings) -> int:
     """One worker process for one bundle."""
     worker_settings = settings.for_worker()
-    from server.worker import run_worker as run
+    from server.worker.process import run_worker as run
 
     logs.configure(settings.log_level)
     _check_store(settings)

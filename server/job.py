@@ -210,6 +210,13 @@ def sample_seed(seed: int, index: int) -> int:
     return (seed + index) % MAX_SEED
 
 
+def is_over(job: Job, ttl_s: float, now_ms: int) -> bool:
+    """True from `ttl_s` after the end of a job with results, or once they are deleted: they count as gone."""
+    if job.status is not JobStatus.DONE:
+        return False
+    return job.deleted_ms is not None or (job.finished_ms or 0) + ttl_s * 1000 <= now_ms
+
+
 def model_tag(model: str) -> str:
     """Four hex digits that end every job id of `model`, so an id alone leads to its queue class."""
     return hashlib.sha256(model.encode()).hexdigest()[:4]

@@ -13,13 +13,13 @@ from typing import Any
 from engines.bucket import Bucket
 from loadtests.queue.contender import Client, Engine, Promises
 from loadtests.queue.task import WrongResultError, request
-from server.heartbeat import Heartbeat
 from server.job import GenerationRequest, Job, JobKind, OutputRef, new_job
 from server.metrics import Metrics
 from server.queue.connection import system_now_ms
 from server.queue.job_queue import JobQueue
 from server.queue.records import EnqueueStatus, WorkerInfo
 from server.queue.worker_queue import Lease, Settled, WorkerQueue
+from server.worker.heartbeat import Heartbeat
 
 MODEL = "null"
 MAX_BATCH = 32
@@ -67,7 +67,7 @@ class OurQueue:
             await queue.close()
 
     def serve(self, url: str, engine: Engine) -> None:
-        """The worker's side: its inbox, its engine, its finishers, without a model."""
+        """The worker's side: its batcher, its engine, its finishers, without a model."""
         stopping = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stopping.set())
         info = _worker_info()

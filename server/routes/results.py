@@ -17,8 +17,7 @@ from server.errors import (
     ResultNotReadyError,
     StoreUnavailableError,
 )
-from server.expiry import is_over
-from server.job import Job, JobKind, JobStatus, OutputRef
+from server.job import Job, JobKind, JobStatus, OutputRef, is_over
 from server.services import Services
 from server.views import etag_of, failure_of
 

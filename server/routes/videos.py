@@ -26,9 +26,8 @@ from server.errors import (
     UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
-from server.expiry import is_over
 from server.intake import accept
-from server.job import Job, JobKind, created_ms_of
+from server.job import Job, JobKind, created_ms_of, is_over
 from server.routes.responses import (
     BODY_ERRORS,
     CONTENT_ERRORS,

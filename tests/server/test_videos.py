@@ -16,11 +16,11 @@ import pytest
 
 from engines.bucket import Bucket
 from server.job import GenerationRequest, Job
-from server.packing import prompt_hash, read_provenance
 from server.queue.connection import connect
 from server.queue.worker_queue import Settled
 from server.settings import Settings
 from server.store import ResultStore
+from server.worker.packing import prompt_hash, read_provenance
 from tests.server.api import Api, Worker, error_of, running_api
 from tests.server.manifests import make_video_manifest
 

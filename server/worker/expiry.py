@@ -11,7 +11,6 @@ import logging
 import random
 import threading
 
-from server.job import Job, JobStatus
 from server.store import ResultStore
 
 log = logging.getLogger(__name__)
@@ -19,13 +18,6 @@ log = logging.getLogger(__name__)
 # Longer than a worker may take from storing a result to completing its job, and clocks may differ.
 GRACE_S = 600.0
 MAX_PERIOD_S = 600.0
-
-
-def is_over(job: Job, ttl_s: float, now_ms: int) -> bool:
-    """True from `ttl_s` after the end of a job with results, or once they are deleted: they count as gone."""
-    if job.status is not JobStatus.DONE:
-        return False
-    return job.deleted_ms is not None or (job.finished_ms or 0) + ttl_s * 1000 <= now_ms
 
 
 class Expiry:

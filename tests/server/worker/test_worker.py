@@ -30,11 +30,8 @@ from engines.compile.progress import BuildProgress
 from engines.errors import BundleError
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from engines.signature import read_key, sign_bundle
-from server.heartbeat import Heartbeat
-from server.inbox import Inbox
 from server.job import Job, JobKind, JobStatus, new_job
 from server.metrics import Metrics
-from server.packing import Provenance, prompt_hash, read_provenance
 from server.queue.connection import connect, system_now_ms
 from server.queue.embedded import EmbeddedValkey
 from server.queue.errors import QueueError
@@ -44,7 +41,10 @@ from server.queue.records import UnreadableJobError
 from server.queue.worker_queue import Lease, WorkerQueue
 from server.settings import WorkerSettings
 from server.store import ResultStore
-from server.worker import EXIT_ENGINE_LOST, EXIT_OK, load_pipeline, serve
+from server.worker.batcher import Batcher
+from server.worker.heartbeat import Heartbeat
+from server.worker.packing import Provenance, prompt_hash, read_provenance
+from server.worker.process import EXIT_ENGINE_LOST, EXIT_OK, load_pipeline, serve
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
 from tests.server.conftest import (
     VERSION,
@@ -57,7 +57,7 @@ from tests.server.conftest import (
 
 MODEL = "tiny"
 MAX_BATCH = 4
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class ObservedPipeline(Pipeline):
@@ -680,7 +680,7 @@ async def test_jobs_whose_lease_was_taken_just_before_redis_failed_are_drawn(
     worker_queue = ForgetfulQueue(url, model=MODEL, version=VERSION, consumer="forgetful")
     heartbeat = Heartbeat(worker_queue, worker_info("forgetful"), "{}", Metrics(), lease_s=60, stall_s=600)
     worker_queue.beat(worker_info("forgetful"), "{}")
-    inbox = Inbox(
+    batcher = Batcher(
         worker_queue,
         heartbeat,
         Metrics(),
@@ -691,11 +691,11 @@ async def test_jobs_whose_lease_was_taken_just_before_redis_failed_are_drawn(
         settle=lambda: None,
         clock=system_now_ms,
     )
-    batch = inbox.next_batch()
+    batch = batcher.next_batch()
     assert batch is not None
     assert [row.leased_job.job.id for row in batch] == [job.id for job in jobs]
     assert worker_queue.lost == 1
-    inbox.close()
+    batcher.close()
     worker_queue.close()
 
 

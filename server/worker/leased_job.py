@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bucket import Bucket
-from server.batching import Row
 from server.job import Job, sample_seed
 from server.queue.worker_queue import Lease
+from server.worker.batch_policy import Row
 
 
 @dataclass(slots=True, eq=False, kw_only=True)

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from server.packing import FORMATS, SOURCE_TYPE, Provenance, pack, prompt_hash, read_provenance
+from server.worker.packing import FORMATS, SOURCE_TYPE, Provenance, pack, prompt_hash, read_provenance
 
 PROVENANCE = Provenance(
     model="scenes",

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from server.expiry import GRACE_S, MAX_PERIOD_S, Expiry, is_over
-from server.finisher import REDIS_PATIENCE_S
-from server.job import Job, JobStatus
+from server.job import Job, JobStatus, is_over
 from server.settings import EXPIRED_RECORD_S, Settings
 from server.store import ResultStore
+from server.worker.expiry import GRACE_S, MAX_PERIOD_S, Expiry
+from server.worker.finisher import REDIS_PATIENCE_S
 from tests.server.api import Api, error_of, running_api
 from tests.server.conftest import poll
 

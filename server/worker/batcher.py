@@ -1,7 +1,7 @@
-"""Inbox: the jobs that a worker has leased and not yet handed to its engine; forms the batches.
+"""Batcher: the jobs that a worker has leased and not yet handed to its engine; forms the batches.
 
 Leasing late is better than leasing early: what is still in Redis can be reordered, cancelled, or taken by an
-idle worker. So the inbox reads while the engine is idle, and ahead only during the last step of a batch.
+idle worker. So the batcher reads while the engine is idle, and ahead only during the last step of a batch.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from engines.bucket import Bucket
-from server.batching import Arrivals, CostModel, Row, Run, Wait, decide
-from server.heartbeat import Heartbeat
 from server.job import Job, JobError, JobErrorCode
 from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError
 from server.queue.records import UnreadableJobError
 from server.queue.worker_queue import Dropped, Lease, WorkerQueue
-from server.work import LeasedJob
+from server.worker.batch_policy import Arrivals, CostModel, Row, Run, Wait, decide
+from server.worker.heartbeat import Heartbeat
+from server.worker.leased_job import LeasedJob
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ RECLAIMS_PER_LEASE = 4
 MAX_BACKOFF_S = 5.0
 
 
-class Inbox:
+class Batcher:
     """Used by the engine's thread; while a prefetch runs on a thread of its own, nothing else touches it."""
 
     def __init__(
@@ -167,7 +167,7 @@ class Inbox:
         )
 
     def _assign(self, rows: Sequence[Row[LeasedJob]]) -> list[Row[LeasedJob]]:
-        """Start the jobs of these rows that are not yet, and take the rows out of the inbox.
+        """Start the jobs of these rows that are not yet, and take the rows out of the batcher.
 
         A job that runs alone has no neighbour in the finisher either: one whose files are still being written
         when the suspect kills the process would lose an attempt each time, and be convicted in its place.

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.bucket import Bucket
-from server.batching import Arrivals, CostModel, Row, Run, Wait, best_batch, best_wait, decide
+from server.worker.batch_policy import Arrivals, CostModel, Row, Run, Wait, best_batch, best_wait, decide
 
 SMALL, LARGE = Bucket(64, 64), Bucket(1024, 1024)
 NOW_MS = 1_000_000

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from server.heartbeat import Heartbeat
 from server.job import JobError, JobErrorCode, JobStatus, OutputRef
 from server.metrics import Metrics, Outcome
-from server.packing import Packed, Provenance, pack, prompt_hash
 from server.queue.errors import QueueError
 from server.queue.worker_queue import Settled, WorkerQueue
 from server.store import ResultStore
-from server.work import LeasedJob
+from server.worker.heartbeat import Heartbeat
+from server.worker.leased_job import LeasedJob
+from server.worker.packing import Packed, Provenance, pack, prompt_hash
 
 log = logging.getLogger(__name__)
 

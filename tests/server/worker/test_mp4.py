@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from server import mp4
-from server.packing import SOURCE_TYPE, Provenance, pack, prompt_hash, read_provenance
+from server.worker import mp4
+from server.worker.packing import SOURCE_TYPE, Provenance, pack, prompt_hash, read_provenance
 
 FPS = 8
 PROVENANCE = Provenance(
