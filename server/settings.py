@@ -1,8 +1,7 @@
 """Settings: every `TDM_*` environment variable, read once when a process starts and frozen after that.
 
-Nothing else in `server` reads the environment. The supervisor (`server.launch`) resolves what is left open
-here (bundles to serve, number of workers, the embedded Valkey's URL) and hands each child its share in its
-environment.
+Nothing else in `server` reads the environment. The supervisor resolves what is left open here (bundles to
+serve, number of workers, the embedded Valkey's URL) and hands each child its share in its environment.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server.launch import shipped_students
 from server.settings import Settings
+from server.supervisor.bundles import shipped_students
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

@@ -161,7 +161,9 @@ def test_every_folder_with_tests_is_a_package() -> None:
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
-@pytest.mark.parametrize("module", ["server.app", "server.launch", "server.settings", *TORCH_FREE])
+@pytest.mark.parametrize(
+    "module", ["server.app", "server.supervisor.supervisor", "server.settings", *TORCH_FREE]
+)
 def test_module_loads_without_torch(module: str) -> None:
     script = f"import sys, {module}; print(*sorted({set(HEAVY)!r} & sys.modules.keys()))"
     loaded = subprocess.run(

@@ -1,8 +1,8 @@
 """Routes: which version of a bundle gets which jobs, what that was before, and who carries decisions out.
 
 A route is what somebody decided; it lasts in Redis. The pump (lua/_pump.lua) deals jobs by it, whoever
-started the workers. Where an `up` runs them, its fleet (`server.fleet`) starts and ends workers until those
-that are there are those that the route names.
+started the workers. Where an `up` runs them, its fleet (`server.supervisor.fleet`) starts and ends workers
+until those that are there are those that the route names.
 """
 
 from __future__ import annotations

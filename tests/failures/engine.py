@@ -14,9 +14,9 @@ from pathlib import Path
 
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from server import logs
-from server.queue.embedded import PR_SET_PDEATHSIG
 from server.queue.preflight import wait_until_usable
 from server.settings import Settings, WorkerSettings
+from server.supervisor.valkey import PR_SET_PDEATHSIG
 from server.worker.process import load_pipeline, run_worker
 
 LETHAL = "lethal"

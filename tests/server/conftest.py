@@ -14,11 +14,11 @@ import redis
 from engines.bucket import Bucket
 from server.job import GenerationRequest, Job, JobKind, Priority, new_job
 from server.queue.connection import connect
-from server.queue.embedded import EmbeddedValkey, die_with_parent
 from server.queue.job_queue import JobQueue
 from server.queue.keys import GROUP
 from server.queue.records import WorkerInfo
 from server.queue.worker_queue import WorkerQueue
+from server.supervisor.valkey import EmbeddedValkey, die_with_parent
 
 MODEL = "scenes"
 VERSION = "0123456789ab"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from server.audit import LEFTOVERS, Code
 from server.job import JobErrorCode
+from server.supervisor.audit import LEFTOVERS, Code
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "server/README.md").read_text(encoding="utf-8")

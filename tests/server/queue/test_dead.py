@@ -11,10 +11,10 @@ import redis
 from server.__main__ import main
 from server.job import Job, JobStatus, Priority
 from server.queue.dead import DeadLetter, DeadLetters, Retried
-from server.queue.embedded import EmbeddedValkey
 from server.queue.job_queue import JobQueue
 from server.queue.records import dump_request, load_request
 from server.queue.worker_queue import MAX_ATTEMPTS, WorkerQueue
+from server.supervisor.valkey import EmbeddedValkey
 from tests.server.conftest import MODEL, Clock, let_leases_lapse
 
 NewJob = Callable[..., Job]

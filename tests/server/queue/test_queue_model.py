@@ -27,7 +27,6 @@ from hypothesis.stateful import (
 )
 from redis.exceptions import ResponseError
 
-from server.audit import Code, audit
 from server.job import TERMINAL, Job, JobError, JobKind, JobStatus, OutputRef, Priority, new_job
 from server.queue.census import Census
 from server.queue.connection import connect
@@ -44,6 +43,7 @@ from server.queue.worker_queue import (
     WorkerQueue,
 )
 from server.store import ResultStore
+from server.supervisor.audit import Code, audit
 from tests.server.conftest import MODEL, Clock, request_of, worker_info
 
 EXAMPLES = int(os.environ.get("QUEUE_MODEL_EXAMPLES", "100"))

@@ -15,7 +15,7 @@ from server.queue.job_queue import JobQueue
 from server.queue.keys import stream_of
 from server.queue.routes import Route, Routes
 from server.queue.worker_queue import Lease, Settled, WorkerQueue
-from server.swap import SwapError, _fields, look, promote, roll_back, share
+from server.supervisor.swap import SwapError, _fields, look, promote, roll_back, share
 from tests.server.conftest import MODEL, Clock, let_leases_lapse, worker_info
 from tests.server.manifests import make_manifest
 

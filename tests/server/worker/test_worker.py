@@ -33,7 +33,6 @@ from engines.signature import read_key, sign_bundle
 from server.job import Job, JobKind, JobStatus, new_job
 from server.metrics import Metrics
 from server.queue.connection import connect, system_now_ms
-from server.queue.embedded import EmbeddedValkey
 from server.queue.errors import QueueError
 from server.queue.job_queue import JobQueue
 from server.queue.keys import stream_of
@@ -41,6 +40,7 @@ from server.queue.records import UnreadableJobError
 from server.queue.worker_queue import Lease, WorkerQueue
 from server.settings import WorkerSettings
 from server.store import ResultStore
+from server.supervisor.valkey import EmbeddedValkey
 from server.worker.batcher import Batcher
 from server.worker.heartbeat import Heartbeat
 from server.worker.packing import Provenance, prompt_hash, read_provenance

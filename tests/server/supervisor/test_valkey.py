@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 from server.queue.connection import connect
-from server.queue.embedded import EmbeddedValkey, EmbeddedValkeyError
+from server.supervisor.valkey import EmbeddedValkey, EmbeddedValkeyError
 from tests.server.conftest import poll
 
 OWNER = textwrap.dedent("""
     import sys
-    from server.queue.embedded import EmbeddedValkey
+    from server.supervisor.valkey import EmbeddedValkey
     server = EmbeddedValkey(sys.argv[1])
     print(server.start(), server.pid, flush=True)
     sys.stdin.read()

@@ -11,12 +11,12 @@ import pytest
 import redis
 
 from server.__main__ import main
-from server.audit import OVERDUE_MS, Code, Report, audit
 from server.job import Job, JobError, JobStatus, OutputRef, new_job_id
 from server.queue.census import Census
 from server.queue.job_queue import JobQueue
 from server.queue.worker_queue import WorkerQueue
 from server.store import ResultStore
+from server.supervisor.audit import OVERDUE_MS, Code, Report, audit
 from tests.server.conftest import MODEL, STREAM, Clock
 
 NewJob = Callable[..., Job]

@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from server.audit import Finding, Report, audit
 from server.queue.census import Census
 from server.queue.connection import system_now_ms
 from server.queue.dead import DeadLetter, DeadLetters, Retried
-from server.queue.embedded import EmbeddedValkey
 from server.settings import Settings
 from server.store import ResultStore
+from server.supervisor.audit import Finding, Report, audit
+from server.supervisor.valkey import EmbeddedValkey
 
 EXIT_OK = 0
 EXIT_FOUND = 1

@@ -17,23 +17,23 @@ import pytest
 
 from engines.bundle import write_manifest
 from server.job import JobKind
-from server.launch import (
-    LaunchError,
-    _keep_alive,
-    check_metrics_port,
+from server.settings import Settings
+from server.supervisor.bundles import (
     count_workers,
     deal,
     deal_gpus,
-    describe_ready,
     find_bundles,
+    plan_posts,
+)
+from server.supervisor.ready import describe_ready, url_of
+from server.supervisor.report import LaunchError, say
+from server.supervisor.supervisor import (
+    _keep_alive,
+    check_metrics_port,
     hire,
     listen,
-    plan_posts,
-    say,
-    url_of,
 )
-from server.queue.embedded import EmbeddedValkey
-from server.settings import Settings
+from server.supervisor.valkey import EmbeddedValkey
 from tests.server.conftest import poll_async
 from tests.server.manifests import make_manifest
 

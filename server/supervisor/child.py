@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from server.queue.embedded import die_with_parent
+from server.supervisor.valkey import die_with_parent
 
 EXIT_USAGE = 2
 """A child that ends with this status was set up wrongly; starting it again would change nothing."""

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from engines.bundle import write_manifest
-from server.child import Child
-from server.fleet import Crew, Fleet, Post
 from server.queue.routes import Route, Routes
+from server.supervisor.child import Child
+from server.supervisor.fleet import Crew, Fleet, Post
 from tests.server.manifests import make_manifest
 
 MODEL = "scenes"

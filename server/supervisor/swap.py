@@ -21,9 +21,9 @@ from rich.table import Table
 
 from engines.bundle import Manifest, read_manifest, verify_files
 from engines.errors import EngineError
-from server.console import EXIT_OK, PIPE_WIDTH
 from server.queue.records import WorkerInfo
 from server.queue.routes import Route, Routes, common_ground
+from server.supervisor.console import EXIT_OK, PIPE_WIDTH
 
 POLL_S = 0.2
 

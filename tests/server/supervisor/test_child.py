@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from server.child import Child, describe_exit
+from server.supervisor.child import Child, describe_exit
 from tests.server.conftest import poll
 
 # Says in a file that it runs, then sleeps until a signal ends it.
@@ -129,7 +129,7 @@ def test_children_die_with_a_killed_supervisor(tmp_path: Path) -> None:
     file = tmp_path / "pids"
     script = (
         "import asyncio, os, sys\n"
-        "from server.child import Child\n"
+        "from server.supervisor.child import Child\n"
         "child = Child('sleeper', ['-c', sys.argv[1], sys.argv[2]], dict(os.environ), report=print)\n"
         "asyncio.run(child.keep_running())\n"
     )

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 from engines.bundle import Manifest, read_manifest
 from engines.errors import EngineError
-from server.child import Child
 from server.queue.errors import QueueError
 from server.queue.routes import Route, Routes
+from server.supervisor.child import Child
 
 TICK_S = 0.5
 SUPERVISE_S = 2.0
