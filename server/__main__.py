@@ -33,7 +33,7 @@ def run_up(settings: Settings) -> int:
 
 def run_api(settings: Settings) -> int:
     """One api process."""
-    from server.app import serve
+    from server.api.process import serve
 
     logs.configure(settings.log_level)
     _check_store(settings)

@@ -128,7 +128,7 @@ def test_api_image_copies_all_that_the_api_imports(tmp_path: Path) -> None:
     # -S hides site-packages' .pth files, an editable install of this checkout among them.
     site_packages = next(Path(entry) for entry in sys.path if entry.endswith("site-packages"))
     run(
-        *(sys.executable, "-S", "-c", "import server.app, sys; assert 'torch' not in sys.modules"),
+        *(sys.executable, "-S", "-c", "import server.api.app, sys; assert 'torch' not in sys.modules"),
         cwd=tmp_path,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(site_packages)},
     )

@@ -162,7 +162,7 @@ def test_every_folder_with_tests_is_a_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["server.app", "server.supervisor.supervisor", "server.settings", *TORCH_FREE]
+    "module", ["server.api.app", "server.supervisor.supervisor", "server.settings", *TORCH_FREE]
 )
 def test_module_loads_without_torch(module: str) -> None:
     script = f"import sys, {module}; print(*sorted({set(HEAVY)!r} & sys.modules.keys()))"

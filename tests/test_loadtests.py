@@ -16,7 +16,7 @@ from PIL import Image
 from loadtests import bench, worker_start
 from loadtests.client import BadReplyError, Reply
 from loadtests.process import ROOT, ServerProcess, free_port
-from server.errors import all_errors
+from server.api.errors import all_errors
 from tests.server.conftest import poll
 from tests.shared import tiny_bundle, tiny_video_bundle
 

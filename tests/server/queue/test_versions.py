@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from engines.bucket import Bucket
-from server.catalog import Catalog
+from server.api.catalog import Catalog
 from server.job import Job, JobStatus
 from server.queue.job_queue import JobQueue
 from server.queue.keys import stream_of

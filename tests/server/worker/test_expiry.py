@@ -14,7 +14,7 @@ from server.settings import EXPIRED_RECORD_S, Settings
 from server.store import ResultStore
 from server.worker.expiry import GRACE_S, MAX_PERIOD_S, Expiry
 from server.worker.finisher import REDIS_PATIENCE_S
-from tests.server.api import Api, error_of, running_api
+from tests.server.api.running import Api, error_of, running_api
 from tests.server.conftest import poll
 
 TTL_S = 10

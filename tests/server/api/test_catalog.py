@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError as NoConnectionError
 
-from server.catalog import FAILURE_AGE_S, MAX_AGE_S, Catalog
+from server.api.catalog import FAILURE_AGE_S, MAX_AGE_S, Catalog
 from server.queue.errors import QueueError
 from server.queue.job_queue import JobQueue
 from server.queue.records import QueueStats

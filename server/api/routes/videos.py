@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from server.errors import (
+from server.api.dependencies import Services, ServicesDep
+from server.api.errors import (
     FpsNotServedError,
     InvalidFormError,
     InvalidJsonError,
@@ -26,21 +27,10 @@ from server.errors import (
     UnsupportedMediaTypeError,
     UnsupportedParameterError,
 )
-from server.intake import accept
-from server.job import Job, JobKind, created_ms_of, is_over
-from server.routes.responses import (
-    BODY_ERRORS,
-    CONTENT_ERRORS,
-    CREATE_ERRORS,
-    IdempotencyKey,
-    documented,
-    is_json,
-    json_response,
-    media_type_of,
-)
-from server.routes.results import (
+from server.api.jobs import (
     POLL_MS,
     content_headers,
+    count_cancelled,
     eta_of,
     find_job,
     has_good_copy,
@@ -50,10 +40,20 @@ from server.routes.results import (
     require_done,
     unknown_job,
 )
-from server.schemas import VideoDeleted, VideoJob, VideoList, VideoRequest
-from server.services import Services, ServicesDep
-from server.views import video_job
-from server.waiting import count_cancelled
+from server.api.routes.openapi import (
+    BODY_ERRORS,
+    CONTENT_ERRORS,
+    CREATE_ERRORS,
+    IdempotencyKey,
+    documented,
+    is_json,
+    json_response,
+    media_type_of,
+)
+from server.api.schemas import VideoDeleted, VideoJob, VideoList, VideoRequest
+from server.api.submit import accept
+from server.api.views import video_job
+from server.job import Job, JobKind, created_ms_of, is_over
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 

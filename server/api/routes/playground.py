@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Response
 
-from server.errors import RouteNotFoundError
+from server.api.errors import RouteNotFoundError
 
 router = APIRouter(include_in_schema=False)
 
@@ -20,7 +20,7 @@ MEDIA_TYPES = {
     "app.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
-"""The files of `server/playground`; nothing else is served from there."""
+"""The files of `server/api/playground`; nothing else is served from there."""
 
 
 @router.get("/")
@@ -42,7 +42,7 @@ async def page_file(name: str) -> Response:
 
 
 def _file(name: str) -> Response:
-    content = (files("server") / "playground" / name).read_bytes()
+    content = (files("server.api") / "playground" / name).read_bytes()
     return Response(
         content,
         media_type=MEDIA_TYPES[name],

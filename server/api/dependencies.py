@@ -9,7 +9,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from server.catalog import Catalog
+from server.api.catalog import Catalog
 from server.metrics import Metrics
 from server.queue.job_queue import JobQueue
 from server.settings import Settings

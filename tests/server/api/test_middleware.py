@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import middleware
+from server.api import middleware
+from server.api.middleware import MAX_BODY_BYTES, BodyLimit, RequestContext
 from server.metrics import Metrics
-from server.middleware import MAX_BODY_BYTES, BodyLimit, RequestContext
 
 SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": []}
 

@@ -21,7 +21,7 @@ from server.queue.worker_queue import Settled
 from server.settings import Settings
 from server.store import ResultStore
 from server.worker.packing import prompt_hash, read_provenance
-from tests.server.api import Api, Worker, error_of, running_api
+from tests.server.api.running import Api, Worker, error_of, running_api
 from tests.server.manifests import make_video_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")

@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from engines.bundle import Manifest
-from server.app import create_app
+from server.api.app import create_app
+from server.api.dependencies import Services
 from server.job import Job, JobError, OutputRef, sample_seed
 from server.queue.connection import connect
 from server.queue.records import WorkerInfo
 from server.queue.worker_queue import Lease, Settled, WorkerQueue
-from server.services import Services
 from server.settings import Settings
 from server.store import ResultStore
 from server.worker.packing import Provenance, pack, prompt_hash

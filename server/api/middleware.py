@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, BodyTooLargeError, InternalError, RequestTimeoutError
+from server.api.errors import ApiError, BodyTooLargeError, InternalError, RequestTimeoutError
 from server.logs import request_id_var
 from server.metrics import Metrics
 

@@ -18,7 +18,7 @@ from PIL import Image
 from server.job import JobError, JobStatus
 from server.queue.connection import connect
 from server.settings import Settings
-from tests.server.api import Api, error_of, running_api
+from tests.server.api.running import Api, error_of, running_api
 from tests.server.manifests import EXAMPLES, make_manifest
 
 

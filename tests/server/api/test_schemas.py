@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from server.schemas import GenerationsRequest, ImageRequest
+from server.api.schemas import GenerationsRequest, ImageRequest
 
 
 def problem(model: type[ImageRequest | GenerationsRequest], **fields: Any) -> tuple[str, str]:

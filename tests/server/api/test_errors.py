@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.errors import (
+from server.api.errors import (
     ApiError,
     InternalError,
     JobPoisonedError,

@@ -1,7 +1,7 @@
 """Everything the HTTP API can refuse or fail with: one class per case, each with its status and stable code.
 
 Responses have OpenAI's shape, `{"error": {"message", "type", "code", "param"}}`, so that every OpenAI client
-turns them into its own exceptions. `server.app` turns these classes into responses, in one place.
+turns them into its own exceptions. `server.api.handlers` turns these classes into responses.
 """
 
 from __future__ import annotations

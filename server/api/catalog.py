@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from engines.bucket import Bucket
 from engines.bundle import Manifest
-from server.admission import Load
+from server.api.admission import Load
+from server.api.errors import ModelNotFoundError, NoWorkerError, WrongKindError
 from server.cost import batch_cost
-from server.errors import ModelNotFoundError, NoWorkerError, WrongKindError
 from server.job import JobKind
 from server.queue.errors import QueueError
 from server.queue.job_queue import JobQueue

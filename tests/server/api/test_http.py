@@ -9,8 +9,8 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-import server.http
-from server.http import HttpConnection
+import server.api.http
+from server.api.http import HttpConnection
 
 JAVA = (
     b"POST /first HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
@@ -111,7 +111,7 @@ async def test_offered_websocket_is_a_plain_request(client: Client) -> None:
 async def test_new_connection_without_a_whole_head_is_closed(
     client: Client, begun: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.http, "HEAD_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(server.api.http, "HEAD_TIMEOUT_S", 0.01)
     other = Client(*await asyncio.open_connection(*client.writer.get_extra_info("peername")))
     await other.send(begun)
     assert await other.is_closed()
@@ -124,7 +124,7 @@ async def test_second_head_that_is_not_finished_closes_the_connection(
     for _ in range(2):
         await client.send(PLAIN.replace(b"close", b"keep-alive"))
         assert await client.answer() == b"/second:"
-    monkeypatch.setattr(server.http, "HEAD_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(server.api.http, "HEAD_TIMEOUT_S", 0.01)
     await client.send(b"GET /first HTTP/1.1\r\n")
     assert await client.is_closed()
 
@@ -132,7 +132,7 @@ async def test_second_head_that_is_not_finished_closes_the_connection(
 async def test_slow_answer_and_slow_body_are_no_missing_head(
     client: Client, app: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.http, "HEAD_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(server.api.http, "HEAD_TIMEOUT_S", 0.01)
     await client.send(b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nab")
     await asyncio.sleep(0.05)  # longer than a head may take; nothing may happen, so there is no event
     await client.send(b"cd")

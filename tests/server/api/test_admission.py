@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.admission import NO_WORKER_RETRY_MS, Load, decide, predict_eta_ms
+from server.api.admission import NO_WORKER_RETRY_MS, Load, decide, predict_eta_ms
 
 
 def batch_ms(num_samples: int) -> float:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import Header, Request, Response
 from pydantic import BaseModel
 
-from server.errors import (
+from server.api.errors import (
     ApiError,
     BodyTooLargeError,
     DeadlineExceededError,
@@ -39,7 +39,7 @@ from server.errors import (
     UnsupportedMediaTypeError,
     WrongKindError,
 )
-from server.schemas import ErrorBody
+from server.api.schemas import ErrorBody
 
 BODY_ERRORS: tuple[type[ApiError], ...] = (
     InvalidJsonError,

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 from engines.bucket import Bucket
 from engines.bundle import Manifest
-from server.admission import MIN_RETRY_MS, NO_WORKER_RETRY_MS, Decision, Refusal, decide
-from server.catalog import ServedModel
-from server.errors import (
+from server.api.admission import MIN_RETRY_MS, NO_WORKER_RETRY_MS, Decision, Refusal, decide
+from server.api.catalog import ServedModel
+from server.api.dependencies import Services
+from server.api.errors import (
     ApiError,
     FpsNotServedError,
     IdempotencyMismatchError,
@@ -25,11 +26,10 @@ from server.errors import (
     TenantFullError,
     UnsupportedParameterError,
 )
+from server.api.schemas import DrawingRequest, SampleRequest, VideoRequest
+from server.api.views import seconds_of
 from server.job import GenerationRequest, JobKind, fingerprint, new_job
 from server.queue.records import EnqueueStatus
-from server.schemas import DrawingRequest, SampleRequest, VideoRequest
-from server.services import Services
-from server.views import seconds_of
 
 MAX_RANDOM_SEED = 2**32
 """Random seeds stay below this: JavaScript clients read integers beyond 2**53 wrongly."""

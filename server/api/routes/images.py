@@ -9,7 +9,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from server.errors import (
+from server.api.dependencies import Services, ServicesDep
+from server.api.errors import (
     ApiError,
     DeadlineExceededError,
     InvalidRequestError,
@@ -22,18 +23,10 @@ from server.errors import (
     StoreUnavailableError,
     UnsupportedParameterError,
 )
-from server.intake import Accepted, accept, check_compression
-from server.job import Job, JobKind, JobStatus
-from server.routes.responses import (
-    BODY_ERRORS,
-    CONTENT_ERRORS,
-    CREATE_ERRORS,
-    IdempotencyKey,
-    documented,
-    json_response,
-    require_json,
-)
-from server.routes.results import (
+from server.api.jobs import (
+    ClientGoneError,
+    cancel,
+    cancel_if_queued,
     content_headers,
     eta_of,
     expired,
@@ -43,10 +36,20 @@ from server.routes.results import (
     read,
     require_done,
     unknown_job,
+    wait_for_job,
 )
-from server.schemas import DrawingRequest, GenerationsRequest, GenerationsResponse, ImageJob, ImageRequest
-from server.services import Services, ServicesDep
-from server.views import (
+from server.api.routes.openapi import (
+    BODY_ERRORS,
+    CONTENT_ERRORS,
+    CREATE_ERRORS,
+    IdempotencyKey,
+    documented,
+    json_response,
+    require_json,
+)
+from server.api.schemas import DrawingRequest, GenerationsRequest, GenerationsResponse, ImageJob, ImageRequest
+from server.api.submit import Accepted, accept, check_compression
+from server.api.views import (
     ContentUrl,
     etag_of,
     failure_of,
@@ -54,7 +57,7 @@ from server.views import (
     image_job,
     server_timing,
 )
-from server.waiting import ClientGoneError, cancel, cancel_if_queued, wait_for_job
+from server.job import Job, JobKind, JobStatus
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from server.errors import (
+from server.api.errors import (
     ApiError,
     DeadlineExceededError,
     JobCancelledError,
@@ -12,8 +12,8 @@ from server.errors import (
     JobPoisonedError,
     StoreUnavailableError,
 )
+from server.api.schemas import GenerationsResponse, ImageData, ImageJob, JobErrorView, Status, VideoJob
 from server.job import Job, JobErrorCode, JobStatus, OutputRef
-from server.schemas import GenerationsResponse, ImageData, ImageJob, JobErrorView, Status, VideoJob
 
 STATUS: dict[JobStatus, Status] = {
     JobStatus.QUEUED: "queued",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from server.errors import ApiError, NoWorkerError, OverloadedError, QueueUnavailableError
+from server.api.dependencies import ServicesDep
+from server.api.errors import ApiError, NoWorkerError, OverloadedError, QueueUnavailableError
+from server.api.schemas import ErrorDetail, Health, ModelReadiness, Readiness
 from server.queue.errors import QueueError
-from server.schemas import ErrorDetail, Health, ModelReadiness, Readiness
-from server.services import ServicesDep
 
 router = APIRouter(tags=["health"])
 

@@ -13,12 +13,12 @@ import openai
 import pytest
 import uvicorn
 
-from server.app import create_app
+from server.api.app import create_app
 from server.job import JobStatus
 from server.queue.connection import connect
 from server.settings import Settings
 from server.store import ResultStore
-from tests.server.api import Api, Worker, error_of, running_api
+from tests.server.api.running import Api, Worker, error_of, running_api
 from tests.server.conftest import poll_async
 
 KEY = {"idempotency-key": "order-1"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from server.catalog import ServedModel
-from server.errors import InvalidRequestError, ModelNotFoundError
-from server.intake import pick_fps, sizes_of
+from server.api.catalog import ServedModel
+from server.api.dependencies import Services, ServicesDep
+from server.api.errors import InvalidRequestError, ModelNotFoundError
+from server.api.routes.openapi import documented
+from server.api.schemas import ModelList, ModelView
+from server.api.submit import pick_fps, sizes_of
+from server.api.views import seconds_of
 from server.job import JobKind
-from server.routes.responses import documented
-from server.schemas import ModelList, ModelView
-from server.services import Services, ServicesDep
-from server.views import seconds_of
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
