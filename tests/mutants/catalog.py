@@ -32,7 +32,7 @@ VERDICT = "tests/engines/test_gate.py"
 PARITY = "tests/engines/test_compile.py -k parity_of or disagrees or agreement or pixels"
 PIPELINE = "tests/engines/test_runtime.py -k not aotinductor"
 QUEUE = (
-    "tests/server/queue/test_queue.py tests/server/queue/test_fairness.py"
+    "tests/server/queue/test_queue.py tests/server/queue/test_leases.py tests/server/queue/test_fairness.py"
     " tests/server/api/test_idempotency.py -k not [redis"
 )
 BATCH_POLICY = "server/worker/batch_policy.py"

@@ -26,6 +26,15 @@ STREAM = f"q:{{{MODEL}}}:s:{VERSION}"
 
 T = TypeVar("T")
 
+# Modules that assert for the tests: their failures are explained as those of tests are.
+pytest.register_assert_rewrite(
+    "tests.server.api.running",
+    "tests.server.api.videos",
+    "tests.server.queue.model",
+    "tests.server.queue.verbs",
+    "tests.server.worker.running",
+)
+
 
 def poll(look: Callable[[], T], *, timeout_s: float = 120.0) -> T:
     """The first truthy answer of `look`."""

@@ -3,87 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
-import av
-import httpx
-import httpx2
 import openai
 import pytest
 
 from engines.bucket import Bucket
 from server.job import GenerationRequest, Job
-from server.queue.connection import connect
-from server.queue.worker_queue import Settled
 from server.settings import Settings
 from server.store import ResultStore
 from server.worker.packing import prompt_hash, read_provenance
 from tests.server.api.running import Api, Worker, error_of, running_api
+from tests.server.api.videos import look, num_frames, post
 from tests.server.manifests import make_video_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
-
-
-@pytest.fixture
-def settings(valkey_url: str, tmp_path: Any) -> Settings:
-    client = connect(valkey_url)
-    client.flushall()
-    client.config_set("maxmemory", 0)
-    client.close()
-    return Settings(redis_url=valkey_url, data_dir=tmp_path, max_queue=3)
-
-
-@pytest.fixture
-async def api(settings: Settings) -> AsyncIterator[Api]:
-    """An api process with an image model, `scenes`, and a video model, `clips`."""
-    async with running_api(settings) as api:
-        api.worker.announce()
-        yield api
-
-
-@pytest.fixture
-def worker(settings: Settings, api: Api) -> Iterator[Worker]:
-    """The one that serves `clips`."""
-    worker = Worker(settings.redis_url, ResultStore(settings.results_url), manifest=make_video_manifest())
-    worker.announce()
-    yield worker
-    worker.queue.close()
-    worker.redis.close()
-
-
-@pytest.fixture
-async def client(api: Api) -> AsyncIterator[openai.AsyncOpenAI]:
-    transport = httpx2.ASGITransport(app=api.app)
-    async with httpx2.AsyncClient(transport=transport, base_url="http://server") as http:
-        yield openai.AsyncOpenAI(base_url="http://server/v1", api_key="none", max_retries=0, http_client=http)
-
-
-def num_frames(content: bytes) -> int:
-    """Of an MP4 file, decoded."""
-    with av.open(io.BytesIO(content), "r") as file:
-        return len(list(file.decode(video=0)))
-
-
-async def post(api: Api, body: Mapping[str, Any] | None = None, **options: Any) -> httpx.Response:
-    return await api.client.post("/v1/videos", json={"prompt": "a red cube", **(body or {})}, **options)
-
-
-async def look(api: Api, job_id: str) -> dict[str, Any]:
-    response = await api.client.get(f"/v1/videos/{job_id}")
-    assert response.status_code == 200, response.text
-    video: dict[str, Any] = response.json()
-    return video
-
-
-async def make(api: Api, worker: Worker, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A finished video."""
-    response = await post(api, body)
-    assert response.status_code == 200, response.text
-    await asyncio.to_thread(worker.draw)
-    return await look(api, response.json()["id"])
 
 
 async def test_video_is_followed_from_queue_to_file(api: Api, worker: Worker) -> None:
@@ -304,197 +239,6 @@ async def test_video_model_says_what_can_be_asked_of_it(api: Api, worker: Worker
         "frames": [9, 17],
         "fps": 8,
     }.items() <= model.items()
-
-
-# Content
-
-
-async def test_content_that_is_not_ready_is_a_typed_error(api: Api, worker: Worker) -> None:
-    job_id = (await post(api)).json()["id"]
-
-    response = await api.client.get(f"/v1/videos/{job_id}/content")
-
-    assert error_of(response) == (404, "result_not_ready", None)
-    assert int(response.headers["retry-after-ms"]) > 0
-
-
-async def test_content_of_a_failed_video_says_why_it_failed(api: Api, worker: Worker) -> None:
-    job_id = (await post(api)).json()["id"]
-    await asyncio.to_thread(worker.fail, "out_of_memory")
-
-    video = await look(api, job_id)
-    response = await api.client.get(f"/v1/videos/{job_id}/content")
-
-    assert (video["status"], video["error"]) == ("failed", {"code": "out_of_memory", "message": "the reason"})
-    assert error_of(response)[:2] == (500, "generation_failed")
-    assert "out_of_memory" in response.json()["error"]["message"]
-    assert response.headers["x-should-retry"] == "false"
-
-
-async def test_video_that_is_no_longer_kept_says_expired(api: Api, worker: Worker) -> None:
-    video = await make(api, worker)
-    (key,) = api.services.store.listing()
-    api.services.store.delete(key)
-
-    gone = await look(api, video["id"])
-    response = await api.client.get(video["url"])
-
-    assert (gone["status"], gone["url"], gone["size_bytes"]) == ("expired", None, None)
-    assert error_of(response)[:2] == (410, "result_expired")
-
-
-@pytest.mark.parametrize(
-    ("header", "first", "last"),
-    [
-        ("bytes=0-", 0, -1),
-        ("bytes=0-0", 0, 0),
-        ("bytes=100-199", 100, 199),
-        ("bytes=100-999999999", 100, -1),
-        ("bytes=-100", -100, -1),
-        ("bytes=-999999999", 0, -1),
-    ],
-)
-async def test_part_of_a_video_is_had_by_range(
-    api: Api, worker: Worker, header: str, first: int, last: int
-) -> None:
-    url = (await make(api, worker))["url"]
-    whole = await api.client.get(url)
-    size = len(whole.content)
-    first, last = first % size, last % size
-
-    part = await api.client.get(url, headers={"range": header})
-
-    assert whole.headers["accept-ranges"] == "bytes"
-    assert part.status_code == 206
-    assert part.content == whole.content[first : last + 1]
-    assert part.headers["content-range"] == f"bytes {first}-{last}/{size}"
-    assert part.headers["etag"] == whole.headers["etag"]
-
-
-async def test_range_that_cannot_be_honoured_gets_all_or_a_typed_error(api: Api, worker: Worker) -> None:
-    url = (await make(api, worker))["url"]
-    whole = await api.client.get(url)
-
-    for header in ("bytes=0-1,5-6", "lines=0-1", "bytes=5-1", "bytes=x-", "bytes=-"):
-        ignored = await api.client.get(url, headers={"range": header})
-        assert (ignored.status_code, ignored.content) == (200, whole.content)
-    other_copy = await api.client.get(url, headers={"range": "bytes=0-9", "if-range": '"other"'})
-    assert other_copy.status_code == 200
-    same_copy = await api.client.get(url, headers={"range": "bytes=0-9", "if-range": whole.headers["etag"]})
-    assert same_copy.status_code == 206
-    for header in (f"bytes={len(whole.content)}-", "bytes=-0"):
-        beyond = await api.client.get(url, headers={"range": header})
-        assert error_of(beyond)[:2] == (416, "range_not_satisfiable")
-        assert beyond.headers["content-range"] == f"bytes */{len(whole.content)}"
-
-
-async def test_client_with_a_good_copy_gets_no_bytes(api: Api, worker: Worker) -> None:
-    url = (await make(api, worker))["url"]
-    etag = (await api.client.get(url)).headers["etag"]
-
-    response = await api.client.get(url, headers={"if-none-match": etag})
-
-    assert (response.status_code, response.content) == (304, b"")
-
-
-async def test_variant_that_is_not_there_is_refused(api: Api, worker: Worker) -> None:
-    video = await make(api, worker)
-
-    response = await api.client.get(video["url"], params={"variant": "thumbnail"})
-
-    assert error_of(response) == (422, "unsupported_parameter", "variant")
-    assert (await api.client.get(video["url"], params={"variant": "video"})).status_code == 200
-
-
-# Cancel and delete
-
-
-async def test_queued_video_is_cancelled_at_once_and_counted(api: Api, worker: Worker) -> None:
-    job_id = (await post(api)).json()["id"]
-
-    deleted = await api.client.delete(f"/v1/videos/{job_id}")
-
-    assert deleted.json() == {"id": job_id, "object": "video.deleted", "deleted": True}
-    video = await look(api, job_id)
-    assert (video["status"], video["error"]["code"]) == ("failed", "cancelled")
-    assert (await api.client.get("/v1/videos")).json()["data"] == []
-    value = api.services.metrics.registry.get_sample_value
-    labels = {"class": "clips", "kind": "video", "outcome": "cancelled"}
-    assert value("tdm_jobs_total", labels) == 1
-    assert error_of(await api.client.get(f"/v1/videos/{job_id}/content"))[:2] == (410, "cancelled")
-
-
-async def test_running_video_is_told_to_stop_and_its_late_result_counts_for_nothing(
-    api: Api, worker: Worker
-) -> None:
-    job_id = (await post(api)).json()["id"]
-    lease, started = await asyncio.to_thread(worker.start)
-
-    await api.client.delete(f"/v1/videos/{job_id}")
-
-    verdicts = await asyncio.to_thread(worker.queue.extend, {lease: 100})
-    assert verdicts[lease] == "cancel"
-    await asyncio.to_thread(worker.finish, started)  # it was in its last step, and looked too late
-    assert worker.settled is Settled.CANCELLED
-    video = await look(api, job_id)
-    assert (video["status"], video["error"]["code"]) == ("failed", "cancelled")
-
-
-async def test_deleted_video_is_gone_and_stays_gone(api: Api, worker: Worker) -> None:
-    video = await make(api, worker)
-
-    for _ in range(2):
-        assert (await api.client.delete(f"/v1/videos/{video['id']}")).status_code == 200
-
-    assert api.services.store.listing() == {}
-    gone = await look(api, video["id"])
-    assert (gone["status"], gone["url"]) == ("expired", None)
-    assert gone["expires_at"] < video["expires_at"]
-    assert error_of(await api.client.get(video["url"]))[:2] == (410, "result_expired")
-    assert error_of(await api.client.delete("/v1/videos/vid_1")) == (404, "job_not_found", "id")
-
-
-# Lists
-
-
-async def test_list_is_read_page_by_page_in_both_orders(
-    settings: Settings, valkey_url: str, client: openai.AsyncOpenAI, api: Api, worker: Worker
-) -> None:
-    ids = [(await make(api, worker))["id"] for _ in range(4)] + [(await post(api)).json()["id"]]
-    ids.sort()
-    await api.client.post("/v1/images", json={"prompt": "a", "wait_s": 0})
-
-    assert [video.id async for video in client.videos.list(limit=2)] == ids[::-1]
-    assert [video.id async for video in client.videos.list(limit=2, order="asc")] == ids
-    page = (await api.client.get("/v1/videos", params={"limit": 2, "order": "asc"})).json()
-    assert (page["object"], page["first_id"], page["last_id"], page["has_more"]) == (
-        "list",
-        ids[0],
-        ids[1],
-        True,
-    )
-    last = (await api.client.get("/v1/videos", params={"after": ids[3], "limit": 2, "order": "asc"})).json()
-    assert ([video["id"] for video in last["data"]], last["has_more"]) == ([ids[4]], False)
-    assert last["data"][0]["status"] == "queued"
-
-
-async def test_forgotten_videos_leave_the_list(api: Api, worker: Worker) -> None:
-    ids = sorted([(await make(api, worker))["id"] for _ in range(3)])
-    for job_id in ids[:2]:
-        worker.redis.delete(f"q:{{clips}}:j:{job_id}")
-
-    listed = (await api.client.get("/v1/videos", params={"limit": 1, "order": "asc"})).json()
-
-    assert ([video["id"] for video in listed["data"]], listed["has_more"]) == ([ids[2]], False)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("limit", "0"), ("limit", "101"), ("after", "vid_1"), ("order", "up")]
-)
-async def test_list_refuses_what_it_does_not_have(api: Api, worker: Worker, name: str, value: str) -> None:
-    response = await api.client.get("/v1/videos", params={name: value})
-
-    assert error_of(response) == (422, "invalid_value", name)
 
 
 # Promises that images have, too
