@@ -43,6 +43,11 @@ class Bucket:
         frames = "" if self.frames == 1 else f"x{self.frames}"
         return f"{self.height}x{self.width}{frames}"
 
+    @property
+    def size(self) -> str:
+        """`WIDTHxHEIGHT`, as requests and answers of the HTTP API write it."""
+        return f"{self.width}x{self.height}"
+
 
 def pick_batch(n: int, batch_sizes: Iterable[int]) -> int:
     """Smallest compiled batch size that holds `n` samples.

@@ -28,6 +28,7 @@ from pydantic import (
 
 from engines.bucket import Bucket
 from engines.errors import BundleError
+from engines.files import replacing
 from engines.platform import (
     Device,
     Mismatch,
@@ -371,10 +372,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
     A signature of the old one is taken away.
     """
-    partial = Path(directory) / f".{MANIFEST}.partial"
-    partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    (Path(directory) / SIGNATURE).unlink(missing_ok=True)
-    partial.replace(Path(directory) / MANIFEST)
+    with replacing(Path(directory) / MANIFEST) as partial:
+        partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (Path(directory) / SIGNATURE).unlink(missing_ok=True)
 
 
 def hash_file(path: Path) -> FileHash:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.bundle import MANIFEST, SIGNATURE, verify_files
 from engines.errors import BundleError, ConfigError
+from engines.files import atomic_write
 
 MIN_KEY_BYTES = 32
 
@@ -58,9 +59,7 @@ def sign_bundle(directory: Path, key: bytes) -> Signature:
     """
     verify_files(directory)
     signed = _sign(directory, key)
-    partial = directory / f".{SIGNATURE}.partial"
-    partial.write_text(json.dumps(signed.model_dump(), indent=2) + "\n", encoding="utf-8")
-    partial.replace(directory / SIGNATURE)
+    atomic_write(directory / SIGNATURE, json.dumps(signed.model_dump(), indent=2) + "\n")
     return signed
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def run_up(settings: Settings) -> int:
     """Everything on this machine: Valkey, api, workers."""
-    from server.launch import run_supervisor
+    from server.supervisor.supervisor import run_supervisor
 
     if settings.redis_url:  # its children ask too; here one line says it for all of them
         wait_until_usable(settings.redis_url, patience_s=settings.redis_wait_s, report=_print_error)
@@ -33,7 +33,7 @@ def run_up(settings: Settings) -> int:
 
 def run_api(settings: Settings) -> int:
     """One api process."""
-    from server.app import serve
+    from server.api.process import serve
 
     logs.configure(settings.log_level)
     _check_store(settings)
@@ -44,7 +44,7 @@ def run_api(settings: Settings) -> int:
 def run_worker(settings: Settings) -> int:
     """One worker process for one bundle."""
     worker_settings = settings.for_worker()
-    from server.worker import run_worker as run
+    from server.worker.process import run_worker as run
 
     logs.configure(settings.log_level)
     _check_store(settings)
@@ -87,7 +87,7 @@ def _print_error(line: str) -> None:
 
 def run_audit(settings: Settings, args: argparse.Namespace) -> int:
     """Compare accepted ids, job records and stored objects, and name every mismatch."""
-    from server import console
+    from server.supervisor import console
 
     return console.run_audit(
         settings, accepted=args.accepted, settled=args.settled, strict=args.strict, as_json=args.json
@@ -96,8 +96,8 @@ def run_audit(settings: Settings, args: argparse.Namespace) -> int:
 
 def run_dead(settings: Settings, args: argparse.Namespace) -> int:
     """List, show, retry or drop what is kept of jobs that killed their workers."""
-    from server import console
     from server.queue.dead import DeadLetters
+    from server.supervisor import console
 
     letters = DeadLetters(console.redis_url(settings))
     try:
@@ -117,8 +117,8 @@ def run_dead(settings: Settings, args: argparse.Namespace) -> int:
 
 def run_bundle(settings: Settings, args: argparse.Namespace) -> int:
     """Swap a model's bundle for another version under load, try one on a share of the jobs, go back."""
-    from server import console, swap
     from server.queue.routes import Routes
+    from server.supervisor import console, swap
 
     routes = Routes(console.redis_url(settings))
     try:

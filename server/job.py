@@ -1,7 +1,7 @@
 """Job: one accepted request, from enqueue to its single final answer. Pure data: no Redis, no torch, no HTTP.
 
-A job asks for `n` samples. What a sample is (an image, a video) is known to the model that draws it, and to
-the `OutputRef`s that come back; nothing here or in the queue assumes that it is one, or an image.
+A job asks for one or more samples. What a sample is (an image, a video) is known to the model that draws it,
+and to the `OutputRef`s that come back; nothing here or in the queue assumes that it is one, or an image.
 """
 
 from __future__ import annotations
@@ -15,8 +15,19 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from engines.bucket import Bucket
+
 MAX_SEED = 2**63
-ID_PREFIX = {"image": "img", "video": "vid"}
+
+
+class JobKind(StrEnum):
+    """What a job's samples are."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+ID_PREFIX = {JobKind.IMAGE: "img", JobKind.VIDEO: "vid"}
 _JOB_ID = re.compile(rf"(?:{'|'.join(ID_PREFIX.values())})_([0-9a-f]{{12}})[0-9a-f]{{20}}")
 
 
@@ -44,9 +55,56 @@ class Priority(StrEnum):
     LOW = "low"
 
 
+class JobErrorCode(StrEnum):
+    """Why the server ends a job without results; README.md lists them for clients.
+
+    DEADLINE: it passed. POISON: each worker that started it died. STORAGE: the result store did not answer.
+    OUT_OF_MEMORY: one sample does not fit. GENERATION_FAILED: the engine failed on it. INVALID_REQUEST: its
+    record cannot be read. INTERNAL: the finished samples could not be packed.
+    """
+
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    POISON = "poison"
+    STORAGE = "storage"
+    OUT_OF_MEMORY = "out_of_memory"
+    GENERATION_FAILED = "generation_failed"
+    INVALID_REQUEST = "invalid_request"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What a job is to generate: what was asked for, with every default filled in.
+
+    Made once, when a request is submitted. From then on nobody asks again whether a model serves it.
+
+    Attributes:
+        num_samples: at least 1. Sample `i` is generated with `sample_seed(seed, i)`.
+        bucket: height and width in pixels, and number of frames.
+        num_steps: denoiser calls per sample.
+        output_format: png, jpeg, webp or mp4.
+        quality: 0 to 100 for jpeg and webp; None leaves it to the packer.
+        fps: frames per second of a video; None for images.
+    """
+
+    prompt: str
+    num_samples: int = 1
+    bucket: Bucket
+    seed: int
+    num_steps: int
+    output_format: str
+    quality: int | None = None
+    fps: int | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobError:
-    """Why a job failed: a stable code for programs, a sentence for people."""
+    """Why a job failed: a stable code for programs, a sentence for people.
+
+    Attributes:
+        code: a `JobErrorCode`, or one of `engines/errors.py`; another version of the server may know more.
+    """
 
     code: str
     message: str
@@ -77,11 +135,8 @@ class Job:
 
     Attributes:
         id: `img_…` or `vid_…` from `new_job_id`.
-        kind: "image" or "video".
         model: bundle name; also the queue class.
-        request: canonical request: prompt, n, height, width, frames, seed, num_steps, output_format,
-            output_compression, for a video fps. Sample `i` is drawn with `sample_seed(seed, i)`.
-        fingerprint: `fingerprint(request)`; the same idempotency key with another fingerprint is a mismatch.
+        fingerprint: of the request; the same idempotency key with another fingerprint is a mismatch.
         attempt: how often a worker has started it.
         deadline_ms: unix ms after which it is failed with code `deadline` instead of started.
         progress: 0..100, denoising steps done.
@@ -93,9 +148,9 @@ class Job:
     """
 
     id: str
-    kind: str
+    kind: JobKind
     model: str
-    request: Mapping[str, Any]
+    request: GenerationRequest
     fingerprint: str
     created_ms: int
     deadline_ms: int
@@ -121,15 +176,45 @@ class Job:
         return self.status in TERMINAL
 
 
-def fingerprint(request: Mapping[str, Any]) -> str:
-    """sha256 (hex) of the canonical JSON of a request: key order and spacing do not matter."""
-    canonical = json.dumps(request, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def fingerprint(request: GenerationRequest, *, model: str | None = None, seed_given: bool = True) -> str:
+    """sha256 (hex) of what is asked for: two requests that differ in it are not the same.
+
+    Spelled out field by field: it must stay what it is, however requests are stored.
+
+    Args:
+        request: of a job.
+        model: the one that was asked, if it is to count.
+        seed_given: False for a seed that was drawn for the request: asking again without one is the same.
+    """
+    asked: dict[str, Any] = {
+        "prompt": request.prompt,
+        "n": request.num_samples,
+        "height": request.bucket.height,
+        "width": request.bucket.width,
+        "frames": request.bucket.frames,
+        "seed": request.seed if seed_given else None,
+        "num_steps": request.num_steps,
+        "output_format": request.output_format,
+        "output_compression": request.quality,
+    }
+    if request.fps is not None:
+        asked["fps"] = request.fps
+    if model is not None:
+        asked["model"] = model
+    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def sample_seed(seed: int, index: int) -> int:
     """Seed of sample `index` of a job, 0..2**63-1."""
     return (seed + index) % MAX_SEED
+
+
+def is_over(job: Job, ttl_s: float, now_ms: int) -> bool:
+    """True from `ttl_s` after the end of a job with results, or once they are deleted: they count as gone."""
+    if job.status is not JobStatus.DONE:
+        return False
+    return job.deleted_ms is not None or (job.finished_ms or 0) + ttl_s * 1000 <= now_ms
 
 
 def model_tag(model: str) -> str:
@@ -143,9 +228,7 @@ def new_job_id(kind: str, model: str, now_ms: int) -> str:
     Raises:
         ValueError: unknown kind.
     """
-    if kind not in ID_PREFIX:
-        raise ValueError(f"job kind {kind!r}: allowed are {sorted(ID_PREFIX)}")
-    return f"{ID_PREFIX[kind]}_{now_ms:012x}{secrets.token_hex(8)}{model_tag(model)}"
+    return f"{ID_PREFIX[JobKind(kind)]}_{now_ms:012x}{secrets.token_hex(8)}{model_tag(model)}"
 
 
 def created_ms_of(job_id: str) -> int | None:
@@ -156,9 +239,9 @@ def created_ms_of(job_id: str) -> int | None:
 
 def new_job(
     *,
-    kind: str,
+    kind: JobKind,
     model: str,
-    request: Mapping[str, Any],
+    request: GenerationRequest,
     now_ms: int,
     deadline_ms: int,
     priority: Priority = Priority.NORMAL,

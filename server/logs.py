@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Id of the HTTP request being answered by this task; `server.middleware` sets it."""
+"""Id of the HTTP request being answered by this task; `server.api.middleware` sets it."""
 
 _FIELDS = (
     "job_id",

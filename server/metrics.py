@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from enum import StrEnum
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,6 +24,8 @@ from prometheus_client import (
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+
+from server.job import Job
 
 PREFIX = "tdm"
 
@@ -39,6 +42,16 @@ STAGE_BUCKETS = (
 OP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 FILL_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+
+
+class Outcome(StrEnum):
+    """How a job ended; DEADLINE and POISON are failures that are counted apart."""
+
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    POISON = "poison"
 
 
 class Metrics:
@@ -138,32 +151,31 @@ class Metrics:
 
     def observe_job_end(
         self,
-        model: str,
-        kind: str,
+        job: Job,
+        outcome: Outcome,
         *,
-        outcome: str,
-        e2e_ms: float,
+        now_ms: int,
         timing_ms: Mapping[str, float] | None = None,
-        priority: str = "normal",
         version: str | None = None,
     ) -> None:
-        """Count one job that reached a terminal state.
+        """Count one job that reached a terminal state; for whoever ends it.
 
         Args:
-            model: queue class.
-            kind: image or video.
-            outcome: done, failed, cancelled, deadline or poison.
-            e2e_ms: accepted to terminal.
-            timing_ms: the job's stages, as `Job.timing` names them.
-            priority: the job's priority class.
+            job: as it was queued, or later.
+            outcome: how it ended.
+            now_ms: when, unix ms.
+            timing_ms: its stages, as `Job.timing` names them.
             version: of the bundle that ended it, where one did.
         """
-        self.jobs.labels(model, kind, outcome).inc()
+        self.jobs.labels(job.model, job.kind, outcome).inc()
         if version is not None:
-            self.version_jobs.labels(model, version, outcome).inc()
-        self.job_e2e.labels(model, kind, priority, outcome).observe(e2e_ms / 1000)
+            self.version_jobs.labels(job.model, version, outcome).inc()
+        e2e_s = (now_ms - job.created_ms) / 1000
+        self.job_e2e.labels(job.model, job.kind, job.priority, outcome).observe(e2e_s)
         for stage, spent_ms in (timing_ms or {}).items():
-            self.job_stage.labels(model, kind, stage).observe(spent_ms / 1000)
+            self.job_stage.labels(job.model, job.kind, stage).observe(spent_ms / 1000)
+        if outcome is Outcome.POISON:
+            self.dead_letters.labels(job.model, outcome).inc()
 
     def observe_batch(
         self, model: str, *, size: int, capacity: int, num_steps: int, busy_ms: float, gpu: str

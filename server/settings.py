@@ -1,8 +1,7 @@
 """Settings: every `TDM_*` environment variable, read once when a process starts and frozen after that.
 
-Nothing else in `server` reads the environment. The supervisor (`server.launch`) resolves what is left open
-here (bundles to serve, number of workers, the embedded Valkey's URL) and hands each child its share in its
-environment.
+Nothing else in `server` reads the environment. The supervisor resolves what is left open here (bundles to
+serve, number of workers, the embedded Valkey's URL) and hands each child its share in its environment.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from server.job import JobKind
 from server.queue.address import parse_redis_url
 
 Backend = Literal["auto", "eager", "aotinductor", "tensorrt"]
@@ -120,9 +120,9 @@ class Settings(BaseSettings):
         """How long a finished job is known: its result's time, and while it is `expired`."""
         return self.result_ttl_s + EXPIRED_RECORD_S
 
-    def deadline_s(self, kind: str) -> float:
+    def deadline_s(self, kind: JobKind) -> float:
         """How long a job of this kind has, from accepted to finished."""
-        return self.video_deadline_s if kind == "video" else self.job_deadline_s
+        return self.video_deadline_s if kind is JobKind.VIDEO else self.job_deadline_s
 
     def for_worker(self) -> WorkerSettings:
         """The share of one worker process.

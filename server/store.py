@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,8 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from engines.files import atomic_write
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class ResultStore:
         path = self._path(key)
         with _os_errors():
             if self._is_local:
-                _write_atomically(Path(path), data)
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(Path(path), data, durable=True)  # an announced result survives power loss
             elif _is_s3(self._fs):
                 self._fs.pipe_file(path, data, ContentType=content_type)
             else:
@@ -178,21 +180,6 @@ def _list_directory(root: Path, top: Path) -> dict[str, Stored]:
                 info = path.stat()
                 found[path.relative_to(root).as_posix()] = Stored(info.st_size, info.st_mtime)
     return found
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write to a neighbour, rename it; synced first, so that an announced result survives power loss."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

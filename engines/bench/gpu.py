@@ -26,6 +26,7 @@ from engines.bench.models import MODELS, NUM_STEPS, Model
 from engines.compile.bench import current_commit
 from engines.compile.precision import Precision
 from engines.errors import CompileError
+from engines.files import atomic_write
 from engines.platform import Device, available_cores, current_platform
 from engines.runtime.timing import median_ms
 
@@ -322,9 +323,7 @@ def _say(console: Console, text: str) -> None:
 
 def _write(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, json.dumps(result, indent=1) + "\n")
 
 
 def _rounded(value: float) -> float:

@@ -6,7 +6,6 @@ becomes part of the checkpoint here, so that nobody has to know it again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from engines.bucket import Bucket
+from engines.bundle import hash_file
 from engines.compile.student_files import student_files
 from engines.errors import ConfigError
 from engines.families.checkpoint import read_json, weight_files
@@ -94,7 +94,7 @@ def adopt(adoption: Adoption) -> Path:
             save_file(merged, partial / family.network_part / WEIGHTS, {"format": "pt"})
             description["source"]["lora"] = {
                 "file": adoption.lora.name,
-                "sha256": hashlib.sha256(adoption.lora.read_bytes()).hexdigest(),
+                "sha256": hash_file(adoption.lora).sha256,
                 "scale": adoption.lora_scale,
                 "layers": len(lora.layers),
                 "ranks": ranks(lora),

@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 from engines.bundle import DType, EngineFile, StageSpec
 from engines.compile.export import export_stage
 from engines.compile.fp8 import has_float8, quantise_denoiser
+from engines.compile.sources import hash_sources
 from engines.errors import CompileError
 from engines.families.checkpoint import read_json, tensor_shapes
 from engines.families.spec import get_family
@@ -58,9 +59,6 @@ SCALE_SUFFIX = "_scale"
 
 GPU_CACHE = ".inductor"
 """Folder in a bundle that is being built for a GPU."""
-
-SHARED_BY_FAMILIES = ("image_vae", "spatial_norm", "step_aware", "t5")
-"""Modules of `families` whose code is part of the stages of several families."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,14 +122,9 @@ def describe_engine(job: CompileJob) -> EngineFile:
 def compile_key(job: CompileJob) -> str:
     """Hash of all the generated code depends on: shapes, configs, sources, versions, CPU; not weights."""
     parts = [job.bundle / "checkpoint" / part for part in job.spec.parts]
-    package = Path(__file__).parent.parent
-    families = [package / "families" / f"{name}.py" for name in (job.family, *SHARED_BY_FAMILIES)]
-    sources = [*families, package / "compile" / "export.py", Path(__file__)]
     fields = {"torch", "os", "machine", "libc", "cpu_flags"}
     if job.device == "cuda":
         fields |= {"gpu", "compute_capability", "cuda"}
-    if job.spec.compute_dtype == "float8":
-        sources += [package / "compile" / "fp8.py", package / "runtime" / "rowwise.py"]
     ingredients = {
         "spec": job.spec.model_dump(mode="json"),
         "batches": [job.min_batch, job.max_batch],
@@ -142,7 +135,7 @@ def compile_key(job: CompileJob) -> str:
         "device": job.device,
         "platform": job.platform.model_dump(include=fields),
         "libraries": {name: metadata.version(name) for name in ("diffusers", "transformers")},
-        "sources": [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
+        "sources": hash_sources(job.family, "compile.aotinductor"),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engines.bundle import Manifest, hash_file
 from engines.families.student import STUDENT
+from engines.files import replacing
 
 PARTS = (
     "tokenizer",
@@ -47,9 +48,8 @@ def copy_student(student: Path, checkpoint: Path) -> None:
         if target.is_file() and hash_file(target) == hash_file(source):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.copyfile(source, partial)
-        partial.replace(target)
+        with replacing(target) as partial:
+            shutil.copyfile(source, partial)
 
 
 def copy_report(student: Path, report: Path) -> None:

@@ -19,9 +19,11 @@ from typing import Any
 from engines.bundle import EngineFile, StageSpec, hash_file
 from engines.compile.onnx_export import OPSET, export_onnx
 from engines.compile.plan_report import read_plan_report
+from engines.compile.sources import hash_sources
 from engines.errors import CompileError
 from engines.families.checkpoint import read_json, weight_files
 from engines.families.spec import get_family
+from engines.files import atomic_write
 from engines.platform import Platform
 from engines.runtime.stages import MODULE_DTYPES
 from engines.runtime.tensorrt import import_tensorrt, last_lines, make_logger
@@ -32,8 +34,6 @@ UNTRIED = (
 
 OPTIMIZATION_LEVEL = 5
 """0 to 5: how many kernels are tried. 3 is TensorRT's default; a release is built once and run often."""
-
-SHARED_BY_FAMILIES = ("image_vae", "step_aware", "t5")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +85,6 @@ def describe_plan(job: PlanJob) -> EngineFile:
 def plan_key(job: PlanJob) -> str:
     """Hash of all a plan is made from: weights, configs, shapes, sources, settings, GPU and TensorRT."""
     parts = [job.bundle / "checkpoint" / part for part in job.spec.parts]
-    package = Path(__file__).parent.parent
-    sources = [
-        *(package / "families" / f"{name}.py" for name in (job.family, *SHARED_BY_FAMILIES)),
-        *(package / "compile" / f"{name}.py" for name in ("export", "onnx_export")),
-        Path(__file__),
-    ]
     ingredients = {
         "spec": job.spec.model_dump(mode="json"),
         "batches": list(job.batch_sizes),
@@ -102,7 +96,7 @@ def plan_key(job: PlanJob) -> str:
         "platform": job.platform.model_dump(
             include={"torch", "os", "machine", "gpu", "compute_capability", "driver", "tensorrt"}
         ),
-        "sources": [hashlib.sha256(source.read_bytes()).hexdigest() for source in sources],
+        "sources": hash_sources(job.family, "compile.tensorrt"),
     }
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
@@ -158,9 +152,7 @@ def _make(trt: Any, job: PlanJob, onnx_file: Path, plan: Path, report: Path) -> 
         "inspector": json.loads(inspected),
     }
     report.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    partial = plan.with_name(f"partial-{plan.name}")
-    partial.write_bytes(serialized)
-    partial.replace(plan)
+    atomic_write(plan, serialized)
 
 
 def _with_facts(engine: EngineFile, report: Path) -> EngineFile:

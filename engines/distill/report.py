@@ -11,6 +11,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from engines.files import replacing
+
 SCORES = {"clip": "CLIP score", "hps": "HPSv2"}
 """Scores of how pictures fit their prompts, and what the table calls them."""
 
@@ -191,6 +193,5 @@ def _filmstrips(clips: Tensor) -> Tensor:
 
 
 def save_contact_sheet(path: Path, sheet: Image.Image) -> None:
-    partial = path.with_suffix(".partial")
-    sheet.save(partial, "PNG", optimize=True)
-    partial.replace(path)
+    with replacing(path) as partial:
+        sheet.save(partial, "PNG", optimize=True)

@@ -22,6 +22,7 @@ from engines.errors import CheckpointError, ConfigError
 from engines.families.checkpoint import check_safetensors, read_json, weight_files
 from engines.families.spec import FamilySpec, family_of
 from engines.families.student import read_student
+from engines.files import atomic_write
 from engines.schedule import NoiseSchedule
 
 # fmt: off
@@ -257,11 +258,7 @@ def describe(
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace a JSON file in one move. NaN is refused: it is not JSON."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(
-        json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    partial.replace(path)
+    atomic_write(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def num_parameters(network: nn.Module) -> int:

@@ -32,7 +32,7 @@ from rich.table import Table
 from loadtests import machine
 from loadtests.queue.contenders import NAMES, OURS, contender
 from loadtests.queue.driver import Plan
-from server.queue.embedded import EmbeddedValkey
+from server.supervisor.valkey import EmbeddedValkey
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULT = ROOT / "loadtests" / "results" / "queue-cpu.json"

@@ -24,7 +24,7 @@ import uvloop
 from loadtests.queue.contender import Client, Contender
 from loadtests.queue.contenders import contender
 from loadtests.queue.task import Executions, WrongResultError, check
-from server.queue.embedded import die_with_parent
+from server.supervisor.valkey import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WARM_UP_ROUND_TRIPS = 5

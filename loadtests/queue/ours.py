@@ -10,15 +10,16 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
+from engines.bucket import Bucket
 from loadtests.queue.contender import Client, Engine, Promises
 from loadtests.queue.task import WrongResultError, request
-from server.heartbeat import Heartbeat
-from server.job import Job, OutputRef, new_job
+from server.job import GenerationRequest, Job, JobKind, OutputRef, new_job
 from server.metrics import Metrics
 from server.queue.connection import system_now_ms
-from server.queue.leases import Lease, Settled, WorkerQueue
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
 from server.queue.records import EnqueueStatus, WorkerInfo
+from server.queue.worker_queue import Lease, Settled, WorkerQueue
+from server.worker.heartbeat import Heartbeat
 
 MODEL = "null"
 MAX_BATCH = 32
@@ -66,7 +67,7 @@ class OurQueue:
             await queue.close()
 
     def serve(self, url: str, engine: Engine) -> None:
-        """The worker's side: its inbox, its engine, its finishers, without a model."""
+        """The worker's side: its batcher, its engine, its finishers, without a model."""
         stopping = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stopping.set())
         info = _worker_info()
@@ -89,9 +90,9 @@ class _Client:
     async def enqueue(self, serial: int) -> str:
         now_ms = system_now_ms()
         job = new_job(
-            kind="image",
+            kind=JobKind.IMAGE,
             model=MODEL,
-            request=request(serial),
+            request=_generation_request(request(serial)),
             now_ms=now_ms,
             deadline_ms=now_ms + DEADLINE_S * 1000,
         )
@@ -142,7 +143,7 @@ class _Worker:
             if started.job is None:
                 self._heartbeat.release([lease])
                 continue
-            output = OutputRef(**self._engine(started.job.request))
+            output = OutputRef(**self._engine(_plain(started.job.request)))
             done[lease] = (started.job, [output], TIMING, ())
         self._heartbeat.report(dict.fromkeys(done, 100))
         self._finishers.submit(self._finish, done)
@@ -151,6 +152,30 @@ class _Worker:
         settled = self._queue.complete_all(list(done.values()))
         assert set(settled) <= {Settled.OK}, settled
         self._heartbeat.release(done)
+
+
+def _generation_request(asked: Mapping[str, Any]) -> GenerationRequest:
+    """The benchmark's request as our queue carries it."""
+    return GenerationRequest(
+        prompt=asked["prompt"],
+        num_samples=asked["n"],
+        bucket=Bucket(asked["height"], asked["width"], asked["frames"]),
+        seed=asked["seed"],
+        num_steps=asked["num_steps"],
+        output_format=asked["output_format"],
+        quality=asked["output_compression"],
+    )
+
+
+def _plain(request: GenerationRequest) -> dict[str, Any]:
+    """What of a request the null engine looks at."""
+    bucket = request.bucket
+    return {
+        "seed": request.seed,
+        "width": bucket.width,
+        "height": bucket.height,
+        "frames": bucket.frames,
+    }
 
 
 def _worker_info() -> WorkerInfo:

@@ -16,8 +16,7 @@ from redis.exceptions import ResponseError
 
 from server.job import JobStatus, OutputRef, Priority, model_tag
 from server.queue.connection import connect
-from server.queue.leases import GROUP, class_prefix, stream_of
-from server.queue.queue import MODELS_KEY
+from server.queue.keys import GROUP, MODELS_KEY, class_prefix, stream_of, waiting_key
 from server.queue.scripts import script
 
 PAGE = 500
@@ -197,7 +196,7 @@ class Census:
 
     def _add_class(self, seen: Sightings, model: str) -> None:
         prefix = class_prefix(model)
-        for name in (f"{prefix}:live", *(f"{prefix}:n:{priority}" for priority in Priority)):
+        for name in (f"{prefix}:live", *(waiting_key(model, priority) for priority in Priority)):
             for job_id in self._members(name):
                 seen.add(job_id, Mention(model))
         for entry, fields in self._entries(f"{prefix}:dead"):

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from server.job import ID_PREFIX, Job, JobError, Priority, fingerprint, new_job
+from server.job import ID_PREFIX, Job, JobError, JobKind, Priority, new_job
 from server.queue.connection import connect, system_now_ms
-from server.queue.leases import class_prefix
-from server.queue.queue import MODELS_KEY
-from server.queue.records import dump_request
+from server.queue.keys import MODELS_KEY, class_prefix
+from server.queue.records import dump_request, load_request
 from server.queue.scripts import script
 
 PAGE = 500
@@ -40,6 +39,7 @@ class DeadLetter:
         attempts: workers that died with it.
         ended_ms: when it was given up, unix ms.
         worker: consumer name of the last worker that started it.
+        request: as it is stored: a letter is kept of what nobody could read, too.
     """
 
     job_id: str
@@ -51,11 +51,11 @@ class DeadLetter:
     error: JobError
     ended_ms: int
     worker: str
-    request: Mapping[str, Any]
+    request: str
 
     @property
-    def kind(self) -> str:
-        """What was asked for ("image", "video"), read off the id."""
+    def kind(self) -> JobKind:
+        """What was asked for, read off the id."""
         return next(kind for kind, prefix in ID_PREFIX.items() if self.job_id.startswith(f"{prefix}_"))
 
 
@@ -102,18 +102,19 @@ class DeadLetters:
             result_ttl_s: how long the record of the new job is kept once it is finished.
         Returns:
             What happened, and the job that exists if that is OK.
+        Raises:
+            UnreadableJobError: of a request that no worker could read either.
         """
         job = new_job(
             kind=letter.kind,
             model=letter.model,
-            request=letter.request,
+            request=load_request(letter.request),
             now_ms=self._clock(),
             deadline_ms=deadline_ms,
             priority=letter.priority,
             tenant=letter.tenant,
         )
-        request = dump_request(job.request)
-        about = (job.id, job.tenant, job.priority, job.kind, request, fingerprint(job.request))
+        about = (job.id, job.tenant, job.priority, job.kind, dump_request(job.request), job.fingerprint)
         args = (letter.entry, *about, job.created_ms, job.deadline_ms, result_ttl_s * 1000, "", "")
         return Retried(str(self._retry(keys=[class_prefix(job.model)], args=args))), job
 
@@ -142,5 +143,5 @@ def _letter(model: str, entry: str, fields: Mapping[str, str]) -> DeadLetter:
         error=JobError(**json.loads(fields["err"])),
         ended_ms=int(fields["end"]),
         worker=fields["own"],
-        request=json.loads(fields["req"]),
+        request=fields["req"],
     )

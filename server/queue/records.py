@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from server.job import Job, JobError, JobStatus, OutputRef, Priority
+from engines.bucket import Bucket
+from server.job import GenerationRequest, Job, JobError, JobKind, JobStatus, OutputRef, Priority
 
 MAX_REQUEST_BYTES = 64 * 1024
 
@@ -106,17 +107,53 @@ def load_worker(text: str) -> WorkerInfo:
     return WorkerInfo(**fields)
 
 
-def dump_request(request: Mapping[str, Any]) -> str:
-    """JSON form of a job's request.
+def dump_request(request: GenerationRequest) -> str:
+    """JSON form of a job's request; `lua/_pump.lua` reads its height, width, frames and num_steps.
 
     Raises:
         ValueError: larger than MAX_REQUEST_BYTES; big inputs belong in the result store.
     """
-    text = json.dumps(request, separators=(",", ":"), ensure_ascii=False)
+    fields: dict[str, Any] = {
+        "prompt": request.prompt,
+        "height": request.bucket.height,
+        "width": request.bucket.width,
+        "frames": request.bucket.frames,
+        "seed": request.seed,
+        "num_steps": request.num_steps,
+        "n": request.num_samples,
+        "output_format": request.output_format,
+        "output_compression": request.quality,
+    }
+    if request.fps is not None:
+        fields["fps"] = request.fps
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
     size = len(text.encode())
     if size > MAX_REQUEST_BYTES:
         raise ValueError(f"request of {size} bytes: at most {MAX_REQUEST_BYTES} go through the queue")
     return text
+
+
+def load_request(text: str) -> GenerationRequest:
+    """Inverse of `dump_request`.
+
+    Raises:
+        UnreadableJobError: another version wrote it, or something is amiss with it.
+    """
+    try:
+        read = json.loads(text)
+        quality, fps = read.get("output_compression"), read.get("fps")
+        return GenerationRequest(
+            prompt=str(read["prompt"]),
+            num_samples=max(1, int(read["n"])),
+            bucket=Bucket(int(read["height"]), int(read["width"]), int(read.get("frames") or 1)),
+            seed=int(read["seed"]),
+            num_steps=int(read["num_steps"]),
+            output_format=str(read["output_format"]),
+            quality=None if quality is None else int(quality),
+            fps=None if fps is None else int(fps),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnreadableJobError(f"unreadable request: {error!r}") from error
 
 
 def dump_outputs(outputs: Sequence[OutputRef]) -> str:
@@ -137,16 +174,22 @@ def load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
     """
     try:
         return _load_job(model, job_id, fields)
+    except UnreadableJobError as error:
+        raise UnreadableJobError(f"record of job {job_id}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableJobError(f"record of job {job_id} is unreadable: {error!r}") from error
 
 
 def _load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
+    request = load_request(fields["req"])
+    kind = JobKind(fields["kd"])
+    if kind is JobKind.VIDEO and not request.fps:
+        raise ValueError("a video without frames per second")
     return Job(
         id=job_id,
-        kind=fields["kd"],
+        kind=kind,
         model=model,
-        request=json.loads(fields["req"]),
+        request=request,
         fingerprint=fields["fp"],
         created_ms=int(fields["enq"]),
         deadline_ms=int(fields["dl"]),

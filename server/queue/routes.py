@@ -1,13 +1,12 @@
 """Routes: which version of a bundle gets which jobs, what that was before, and who carries decisions out.
 
 A route is what somebody decided; it lasts in Redis. The pump (lua/_pump.lua) deals jobs by it, whoever
-started the workers. Where an `up` runs them, its fleet (`server.fleet`) starts and ends workers until those
-that are there are those that the route names.
+started the workers. Where an `up` runs them, its fleet (`server.supervisor.fleet`) starts and ends workers
+until those that are there are those that the route names.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -15,13 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engines.bucket import Bucket
 from engines.bundle import Manifest
-from server.job import Priority
+from server.job import GenerationRequest, Priority
 from server.queue.connection import connect, system_now_ms
-from server.queue.leases import class_prefix
-from server.queue.queue import MODELS_KEY
-from server.queue.records import WorkerInfo, load_worker
+from server.queue.keys import MODELS_KEY, class_prefix, job_key, waiting_key
+from server.queue.records import UnreadableJobError, WorkerInfo, load_request, load_worker
 from server.queue.scripts import script
 
 SUPERVISOR_TTL_MS = 10_000
@@ -176,17 +173,22 @@ class Routes:
 
     def stranded(self, model: str, manifest: Manifest) -> int:
         """Queued jobs that ask for what this manifest does not offer."""
-        return sum(not _offers(manifest, request) for request in self._queued(model))
+        return sum(
+            request.bucket not in manifest.buckets or request.num_steps not in manifest.num_steps
+            for request in self._queued(model)
+        )
 
-    def _queued(self, model: str) -> Iterator[Mapping[str, Any]]:
-        prefix = class_prefix(model)
+    def _queued(self, model: str) -> Iterator[GenerationRequest]:
+        """What waits; without what cannot be read, which no version draws better than another."""
         for priority in Priority:
-            ids: Any = self._redis.zrange(f"{prefix}:n:{priority}", 0, -1)
+            ids: Any = self._redis.zrange(waiting_key(model, priority), 0, -1)
             for start in range(0, len(ids), PAGE):
                 pipeline = self._redis.pipeline(transaction=False)
                 for job_id in ids[start : start + PAGE]:
-                    pipeline.hget(f"{prefix}:j:{job_id}", "req")
-                yield from (json.loads(request) for request in pipeline.execute() if request)
+                    pipeline.hget(job_key(model, job_id), "req")
+                for text in filter(None, pipeline.execute()):
+                    with suppress(UnreadableJobError):
+                        yield load_request(text)
 
     def _forget_manifests(self, model: str, route: Route) -> None:
         key = f"{class_prefix(model)}:m"
@@ -218,13 +220,6 @@ def common_ground(manifests: Sequence[Manifest]) -> Manifest | None:
     defaults = [manifest.default_num_steps for manifest in manifests]
     default = next((number for number in defaults if number in num_steps), max(num_steps))
     return first.model_copy(update={"buckets": buckets, "num_steps": num_steps, "default_num_steps": default})
-
-
-def _offers(manifest: Manifest, request: Mapping[str, Any]) -> bool:
-    if "height" not in request:  # whatever it is, no version draws it better than another
-        return True
-    bucket = Bucket(request["height"], request["width"], request.get("frames") or 1)
-    return bucket in manifest.buckets and request["num_steps"] in manifest.num_steps
 
 
 def _dump(route: Route) -> dict[str, str | int]:

@@ -12,8 +12,8 @@ import av
 import openai
 import pytest
 
-from server.mp4 import boxes
-from server.packing import read_provenance
+from server.worker.mp4 import boxes
+from server.worker.packing import read_provenance
 from tests.e2e.system import TIMEOUT_S, System, poll, running
 from tests.e2e.test_page import Page, needs_browser, open_page
 from tests.shared import compiled_video_bundle

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from engines.compile.build import BuildSettings, build_bundle, num_pieces
 from engines.compile.progress import BuildProgress
-from server.queue.embedded import find_server
+from server.supervisor.valkey import find_server
 from tests.engines.tiny import make_tiny_checkpoint
 from tests.failures.deployment import Deployment
 from tests.failures.processes import RedisServer

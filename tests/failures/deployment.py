@@ -10,7 +10,7 @@ from typing import Any
 
 from engines.bundle import read_manifest
 from server.queue.connection import connect
-from server.queue.leases import class_prefix, stream_of
+from server.queue.keys import class_prefix, stream_of
 from tests.failures.processes import PATIENCE_S, Api, RedisServer, Worker
 from tests.failures.proxy import Proxy
 from tests.ports import reserve_port

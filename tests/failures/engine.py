@@ -14,10 +14,10 @@ from pathlib import Path
 
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from server import logs
-from server.queue.embedded import PR_SET_PDEATHSIG
 from server.queue.preflight import wait_until_usable
 from server.settings import Settings, WorkerSettings
-from server.worker import load_pipeline, run_worker
+from server.supervisor.valkey import PR_SET_PDEATHSIG
+from server.worker.process import load_pipeline, run_worker
 
 LETHAL = "lethal"
 """A prompt with this word kills the process that draws it, after its first step."""

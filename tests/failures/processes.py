@@ -23,7 +23,7 @@ import redis
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.queue.connection import connect
-from server.queue.embedded import die_with_parent
+from server.supervisor.valkey import die_with_parent
 from tests.failures.engine import BATCHES, BRAKE, DOOR, LOADED, run_scripted_worker
 from tests.server.conftest import poll
 

@@ -11,7 +11,7 @@ import pytest
 
 from engines.bundle import content_version, hash_files, read_manifest, write_manifest
 from server.queue.routes import Route, Routes
-from server.swap import Served, look, promote, roll_back, share
+from server.supervisor.swap import Served, look, promote, roll_back, share
 from tests.failures.deployment import MODEL, Deployment
 from tests.failures.processes import Api
 from tests.server.conftest import poll

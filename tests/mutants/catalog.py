@@ -32,9 +32,11 @@ VERDICT = "tests/engines/test_gate.py"
 PARITY = "tests/engines/test_compile.py -k parity_of or disagrees or agreement or pixels"
 PIPELINE = "tests/engines/test_runtime.py -k not aotinductor"
 QUEUE = (
-    "tests/server/test_queue.py tests/server/test_idempotency.py tests/server/test_fairness.py -k not [redis"
+    "tests/server/queue/test_queue.py tests/server/queue/test_leases.py tests/server/queue/test_fairness.py"
+    " tests/server/api/test_idempotency.py -k not [redis"
 )
-POLICY = "tests/server/test_batching.py"
+BATCH_POLICY = "server/worker/batch_policy.py"
+POLICY = "tests/server/worker/test_batch_policy.py"
 
 MUTANTS = (
     # the objective
@@ -391,34 +393,38 @@ MUTANTS = (
         QUEUE,
     ),
     # the batch policy
-    Mutant("suspects share a batch", "server/batching.py", "if first.alone:", "if False:", POLICY),
+    Mutant("suspects share a batch", BATCH_POLICY, "if first.alone:", "if False:", POLICY),
     Mutant(
         "others share a suspect's batch",
-        "server/batching.py",
-        "row.bucket == first.bucket and not row.alone]",
-        "row.bucket == first.bucket]",
+        BATCH_POLICY,
+        "row.leased_job.bucket == bucket and not row.leased_job.alone]",
+        "row.leased_job.bucket == bucket]",
         POLICY,
     ),
     Mutant(
         "sizes are mixed",
-        "server/batching.py",
-        "[row for row in rows if row.bucket == first.bucket and not row.alone]",
-        "[row for row in rows if not row.alone]",
+        BATCH_POLICY,
+        "row.leased_job.bucket == bucket and not row.leased_job.alone]",
+        "not row.leased_job.alone]",
         POLICY,
     ),
     Mutant(
         "it waits past a deadline",
-        "server/batching.py",
+        BATCH_POLICY,
         "min(cost(1) - waited_ms, slack_ms)",
         "cost(1) - waited_ms",
         POLICY,
     ),
     Mutant(
-        "it waits for ever", "server/batching.py", "min(cost(1) - waited_ms, slack_ms)", "slack_ms", POLICY
+        "it waits for ever",
+        BATCH_POLICY,
+        "min(cost(1) - waited_ms, slack_ms)",
+        "slack_ms",
+        POLICY,
     ),
     Mutant(
         "it waits although others wait elsewhere",
-        "server/batching.py",
+        BATCH_POLICY,
         "if backlog or len(batch) == max_batch",
         "if len(batch) == max_batch",
         POLICY,

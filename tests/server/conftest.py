@@ -11,18 +11,29 @@ from typing import Any, TypeVar
 import pytest
 import redis
 
-from server.job import Job, Priority, new_job
+from engines.bucket import Bucket
+from server.job import GenerationRequest, Job, JobKind, Priority, new_job
 from server.queue.connection import connect
-from server.queue.embedded import EmbeddedValkey, die_with_parent
-from server.queue.leases import GROUP, WorkerQueue
-from server.queue.queue import JobQueue
+from server.queue.job_queue import JobQueue
+from server.queue.keys import GROUP
 from server.queue.records import WorkerInfo
+from server.queue.worker_queue import WorkerQueue
+from server.supervisor.valkey import EmbeddedValkey, die_with_parent
 
 MODEL = "scenes"
 VERSION = "0123456789ab"
 STREAM = f"q:{{{MODEL}}}:s:{VERSION}"
 
 T = TypeVar("T")
+
+# Modules that assert for the tests: their failures are explained as those of tests are.
+pytest.register_assert_rewrite(
+    "tests.server.api.running",
+    "tests.server.api.videos",
+    "tests.server.queue.model",
+    "tests.server.queue.verbs",
+    "tests.server.worker.running",
+)
 
 
 def poll(look: Callable[[], T], *, timeout_s: float = 120.0) -> T:
@@ -167,13 +178,13 @@ def new(clock: Clock) -> Callable[..., Job]:
         tenant: str = "public",
         priority: Priority = Priority.NORMAL,
         deadline_s: float = 60,
-        kind: str = "image",
+        kind: JobKind = JobKind.IMAGE,
         **request: Any,
     ) -> Job:
         return new_job(
             kind=kind,
             model=MODEL,
-            request={"prompt": prompt, "n": 1, "seed": 7, **request},
+            request=request_of(prompt, fps=8 if kind is JobKind.VIDEO else None, **request),
             now_ms=clock.now_ms,
             deadline_ms=clock.now_ms + int(deadline_s * 1000),
             tenant=tenant,
@@ -181,6 +192,12 @@ def new(clock: Clock) -> Callable[..., Job]:
         )
 
     return make
+
+
+def request_of(prompt: str, **request: Any) -> GenerationRequest:
+    """A request as the api makes it."""
+    plain: dict[str, Any] = {"bucket": Bucket(64, 64), "seed": 7, "num_steps": 4, "output_format": "png"}
+    return GenerationRequest(prompt=prompt, **{**plain, **request})
 
 
 def worker_info(name: str, *, max_batch: int = 8, version: str = VERSION, **offer: Any) -> WorkerInfo:

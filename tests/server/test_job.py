@@ -1,8 +1,26 @@
 """Jobs as data: ids, fingerprints, seeds."""
 
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
-from server.job import MAX_SEED, TERMINAL, JobStatus, fingerprint, model_tag, new_job, new_job_id, sample_seed
+from engines.bucket import Bucket
+from server.job import (
+    MAX_SEED,
+    TERMINAL,
+    GenerationRequest,
+    JobKind,
+    JobStatus,
+    fingerprint,
+    model_tag,
+    new_job,
+    new_job_id,
+    sample_seed,
+)
+from tests.server.conftest import request_of
 
 
 def test_ids_are_unique_sort_by_age_and_name_kind_and_class() -> None:
@@ -18,9 +36,62 @@ def test_unknown_kind_is_refused() -> None:
         new_job_id("audio", "scenes", 0)
 
 
-def test_fingerprint_is_of_the_content_not_of_its_order() -> None:
-    assert fingerprint({"a": 1, "b": "ü"}) == fingerprint({"b": "ü", "a": 1})
-    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+CUBE = GenerationRequest(
+    prompt="a rüd cube",
+    num_samples=2,
+    bucket=Bucket(64, 96),
+    seed=7,
+    num_steps=4,
+    output_format="jpeg",
+    quality=80,
+)
+
+
+def sha256_of(asked: dict[str, object]) -> str:
+    text = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_fingerprint_is_what_it_was_when_requests_were_dicts() -> None:
+    image = {
+        "prompt": "a rüd cube",
+        "n": 2,
+        "height": 64,
+        "width": 96,
+        "frames": 1,
+        "seed": 7,
+        "num_steps": 4,
+        "output_format": "jpeg",
+        "output_compression": 80,
+    }
+    assert fingerprint(CUBE) == sha256_of(image)
+    assert fingerprint(CUBE, model="scenes") == sha256_of({**image, "model": "scenes"})
+    assert fingerprint(CUBE, seed_given=False) == sha256_of({**image, "seed": None})
+    assert fingerprint(replace(CUBE, fps=8)) == sha256_of({**image, "fps": 8})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": "a red cube"},
+        {"num_samples": 1},
+        {"bucket": Bucket(96, 64)},
+        {"bucket": Bucket(64, 96, 9)},
+        {"seed": 8},
+        {"num_steps": 1},
+        {"output_format": "webp"},
+        {"quality": None},
+        {"fps": 8},
+    ],
+    ids=str,
+)
+def test_every_field_of_a_request_counts_in_its_fingerprint(change: dict[str, Any]) -> None:
+    assert fingerprint(replace(CUBE, **change)) != fingerprint(CUBE)
+
+
+def test_seed_that_nobody_asked_for_does_not_count() -> None:
+    others = replace(CUBE, seed=8)
+    assert fingerprint(others, seed_given=False) == fingerprint(CUBE, seed_given=False)
 
 
 def test_seeds_of_a_job_s_samples_follow_each_other_and_stay_in_range() -> None:
@@ -29,6 +100,6 @@ def test_seeds_of_a_job_s_samples_follow_each_other_and_stay_in_range() -> None:
 
 
 def test_only_done_failed_and_cancelled_are_final() -> None:
-    job = new_job(kind="image", model="scenes", request={"prompt": "x"}, now_ms=1, deadline_ms=2)
+    job = new_job(kind=JobKind.IMAGE, model="scenes", request=request_of("x"), now_ms=1, deadline_ms=2)
     assert {JobStatus.DONE, JobStatus.FAILED, JobStatus.CANCELLED} == TERMINAL
     assert not job.finished

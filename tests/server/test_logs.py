@@ -71,7 +71,7 @@ def restored_logging() -> Iterator[None]:
 @pytest.mark.usefixtures("restored_logging")
 def test_our_loggers_follow_the_setting_and_libraries_stay_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("debug")
-    logging.getLogger("server.worker").debug("ours")
+    logging.getLogger("server.worker.process").debug("ours")
     logging.getLogger("uvicorn.error").info("theirs")
 
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

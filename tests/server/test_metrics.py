@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 
-from server.metrics import Metrics, MetricsServer
+from server.job import Job, JobKind, new_job
+from server.metrics import Metrics, MetricsServer, Outcome
+from tests.server.conftest import request_of
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -27,15 +30,34 @@ def test_every_name_has_our_prefix_and_a_unit() -> None:
     assert all(name.endswith("_seconds") for name in histograms)
 
 
+def job(kind: JobKind = JobKind.IMAGE) -> Job:
+    return new_job(kind=kind, model="scenes", request=request_of("x"), now_ms=1_000, deadline_ms=9_000)
+
+
 def test_end_of_a_job_is_counted_with_its_stages_in_seconds() -> None:
     metrics = Metrics()
 
-    metrics.observe_job_end("scenes", "image", outcome="done", e2e_ms=1500.0, timing_ms={"denoise": 250.0})
+    metrics.observe_job_end(
+        job(), Outcome.DONE, now_ms=2_500, timing_ms={"denoise": 250.0}, version="0123456789ab"
+    )
 
     assert value(metrics, "tdm_jobs_total", class_="scenes", kind="image", outcome="done") == 1
-    job = {"class_": "scenes", "kind": "image", "priority": "normal", "outcome": "done"}
-    assert value(metrics, "tdm_job_e2e_seconds_sum", **job) == 1.5
+    ended = {"class_": "scenes", "kind": "image", "priority": "normal", "outcome": "done"}
+    assert value(metrics, "tdm_job_e2e_seconds_sum", **ended) == 1.5
     assert value(metrics, "tdm_job_stage_seconds_sum", class_="scenes", kind="image", stage="denoise") == 0.25
+    version = {"class_": "scenes", "version": "0123456789ab", "outcome": "done"}
+    assert value(metrics, "tdm_version_jobs_total", **version) == 1
+
+
+@pytest.mark.parametrize("outcome", Outcome)
+def test_every_way_to_end_has_its_name_and_poison_is_a_dead_letter(outcome: Outcome) -> None:
+    metrics = Metrics()
+
+    metrics.observe_job_end(job(JobKind.VIDEO), outcome, now_ms=2_500)
+
+    assert value(metrics, "tdm_jobs_total", class_="scenes", kind="video", outcome=outcome.value) == 1
+    letters = value(metrics, "tdm_dead_letters_total", class_="scenes", cause="poison")
+    assert letters == (1 if outcome is Outcome.POISON else None)
 
 
 def test_batch_is_counted_by_its_samples_and_its_fill() -> None:

@@ -1,0 +1,44 @@
+"""Files that are replaced whole: readers see the old one or the new one, never half. No torch here."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """A file beside `path` to write to, named with a dot in front; at the end it takes the place of `path`.
+
+    If the block raises, `path` stays what it was and nothing is left beside it.
+
+    Args:
+        path: in a directory that exists.
+        durable: sync it to the disk first, so that it survives power loss.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield partial
+        if durable:
+            _sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write(path: Path, data: bytes | str, *, durable: bool = False) -> None:
+    """Write a file in one move; text as UTF-8. Arguments as of `replacing`."""
+    with replacing(path, durable=durable) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

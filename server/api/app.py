@@ -1,0 +1,111 @@
+"""App: the FastAPI application of one api process, and what runs beside its routes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from server.api.catalog import Catalog
+from server.api.dependencies import Services
+from server.api.handlers import HANDLERS
+from server.api.middleware import BodyLimit, RequestContext
+from server.api.routes import health, images, models, playground, videos
+from server.job import Job
+from server.metrics import Metrics, Outcome
+from server.queue.connection import system_now_ms
+from server.queue.errors import QueueError
+from server.queue.job_queue import JobQueue
+from server.settings import Settings
+from server.store import ResultStore
+
+GAUGES_PERIOD_S = 5.0
+
+
+def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI:
+    """The application; its lifespan connects to Redis and the store, and closes both.
+
+    Args:
+        settings: with a resolved `redis_url`.
+        metrics: where to count; a registry of its own by default.
+    """
+    metrics = metrics or Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        queue = JobQueue(
+            settings.redis_url,
+            max_waiting=settings.max_queue,
+            result_ttl_s=settings.record_ttl_s,
+            on_deadline=partial(_count_deadline, metrics),
+        )
+        services = Services(
+            settings=settings,
+            queue=queue,
+            store=ResultStore(settings.results_url),
+            catalog=Catalog(queue),
+            metrics=metrics,
+            draining=asyncio.Event(),
+            now_ms=system_now_ms,
+        )
+        app.state.services = services
+        await queue.start()
+        closing = asyncio.Event()
+        gauges = asyncio.create_task(_export_gauges(services, closing))
+        try:
+            yield
+        finally:
+            closing.set()
+            await gauges
+            await services.catalog.close()
+            await queue.close()
+
+    app = FastAPI(
+        title="tdm-server",
+        version=version("tdm-server"),
+        summary="Images and videos from few-step TDM students.",
+        lifespan=lifespan,
+        docs_url=None,  # both pages load their scripts from elsewhere
+        redoc_url=None,
+    )
+    for routes in (images, models, videos, health, playground):
+        app.include_router(routes.router)
+    app.add_middleware(BodyLimit)
+    app.add_middleware(RequestContext, metrics=metrics)  # added last, runs first
+    for exception, handler in HANDLERS.items():
+        app.add_exception_handler(exception, handler)
+    return app
+
+
+def _count_deadline(metrics: Metrics, job: Job) -> None:
+    """Count a job that no worker started in time."""
+    metrics.observe_job_end(job, Outcome.DEADLINE, now_ms=job.finished_ms or job.deadline_ms)
+
+
+async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
+    """Keep the queue's gauges fresh. Each api process tells the same, so dashboards take the maximum."""
+    metrics = services.metrics
+    while not closing.is_set():
+        try:
+            models = await services.catalog.models(max_age_s=0.0)
+            metrics.version_workers.clear()  # versions come and go
+            for name, model in models.items():
+                for priority, waiting in model.stats.waiting.items():
+                    metrics.queue_waiting.labels(name, priority).set(waiting)
+                metrics.queue_inflight.labels(name).set(model.stats.running)
+                metrics.queue_oldest_age.labels(name).set(model.stats.oldest_age_ms / 1000)
+                metrics.jobs_kept.labels(name).set(model.stats.kept)
+                metrics.jobs_forgotten.labels(name).set(model.stats.forgotten)
+                metrics.workers_live.labels(name).set(len(model.stats.workers))
+                for worker in model.stats.workers:
+                    metrics.version_workers.labels(name, worker.version).inc()
+            metrics.redis_memory_use.set(await services.queue.memory_use())
+        except QueueError:
+            metrics.redis_errors.labels("stats").inc()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GAUGES_PERIOD_S):
+                await closing.wait()

@@ -1,0 +1,326 @@
+"""Intake: one request body becomes one queued job, or a typed refusal."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass, replace
+
+from engines.bucket import Bucket
+from engines.bundle import Manifest
+from server.api.admission import MIN_RETRY_MS, NO_WORKER_RETRY_MS, Decision, Refusal, decide
+from server.api.catalog import ServedModel
+from server.api.dependencies import Services
+from server.api.errors import (
+    ApiError,
+    FpsNotServedError,
+    IdempotencyMismatchError,
+    InvalidHeaderError,
+    InvalidRequestError,
+    LengthNotServedError,
+    OverloadedError,
+    PromptTooLongError,
+    QueueFullError,
+    SizeNotServedError,
+    StepsNotServedError,
+    TenantFullError,
+    UnsupportedParameterError,
+)
+from server.api.schemas import DrawingRequest, SampleRequest, VideoRequest
+from server.api.views import seconds_of
+from server.job import GenerationRequest, JobKind, fingerprint, new_job
+from server.queue.records import EnqueueStatus
+
+MAX_RANDOM_SEED = 2**32
+"""Random seeds stay below this: JavaScript clients read integers beyond 2**53 wrongly."""
+
+MEMORY_RETRY_MS = 5_000.0
+"""A full Redis gets room when jobs end, or when somebody gives it more: not at once."""
+
+UNMEASURED_MS = 1000.0
+"""Taken for a batch of a bundle that was never measured, to admit by."""
+
+DEFAULT_FPS = 8
+"""Of a video bundle that does not say."""
+LENGTH_TOLERANCE = 0.01
+"""Of a frame: clients round seconds."""
+
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """A job that exists now.
+
+    Attributes:
+        attached: the idempotency key was known, so this is the job of an earlier request.
+        position: jobs ahead of it when it was accepted.
+        eta_ms: predicted time until it is finished; None with no live worker, and if nothing was measured.
+    """
+
+    job_id: str
+    attached: bool
+    position: int
+    eta_ms: float | None
+
+
+async def accept(services: Services, body: SampleRequest, idempotency_key: str | None) -> Accepted:
+    """Check a request against the model it names, predict its finish, and enqueue it.
+
+    Raises:
+        ApiError: the class says why; nothing was enqueued.
+    """
+    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise InvalidHeaderError(
+            "Idempotency-Key must be 1 to 255 visible ASCII characters", param="Idempotency-Key"
+        )
+    _check_prompt(body.prompt, services.settings.max_prompt_chars)
+    kind = _kind_of(body)
+    deadline_ms = round(services.settings.deadline_s(kind) * 1000)
+    model = await services.catalog.find(body.model, kind=kind)
+    request = _complete(body, model.manifest)
+    batch_ms = model.batch_ms(request.bucket, request.num_steps)
+    decision = decide(
+        model.load,
+        batch_ms or (lambda _: UNMEASURED_MS),
+        num_samples=request.num_samples,
+        max_waiting=services.settings.max_queue,
+        deadline_ms=deadline_ms,
+    )
+    # A known key must find its job even when no new one is admitted: the queue says which it is.
+    if decision.reason and idempotency_key is None:
+        _count_refusal(services, model, decision.reason)
+        raise _refusal(decision, services, model)
+
+    now_ms = services.now_ms()
+    job = new_job(
+        kind=kind, model=model.name, request=request, now_ms=now_ms, deadline_ms=now_ms + deadline_ms
+    )
+    job = replace(job, fingerprint=_fingerprint(body, request, model.name))
+    with services.metrics.redis_op.labels("enqueue").time():
+        result = await services.queue.enqueue(job, idempotency_key=idempotency_key, admit=not decision.reason)
+    if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
+        result = replace(result, status=EnqueueStatus.DUP)
+    if result.status not in (EnqueueStatus.OK, EnqueueStatus.DUP) or result.job_id is None:
+        if decision.reason and result.status is EnqueueStatus.QUEUE_FULL:
+            _count_refusal(services, model, decision.reason)
+            raise _refusal(decision, services, model)
+        _count_refusal(services, model, _REASONS.get(result.status, Refusal.IDEMPOTENCY))
+        raise _enqueue_error(result.status, decision, services, model)
+    return Accepted(
+        job_id=result.job_id,
+        attached=result.status is EnqueueStatus.DUP,
+        position=result.position,
+        eta_ms=None if batch_ms is None else decision.eta_ms,
+    )
+
+
+def _kind_of(body: SampleRequest) -> JobKind:
+    return JobKind.VIDEO if isinstance(body, VideoRequest) else JobKind.IMAGE
+
+
+def _complete(body: SampleRequest, manifest: Manifest) -> GenerationRequest:
+    """What is asked for, with every default filled in, and a random seed where it was left open.
+
+    How the pictures are handed over (`response_format`, `wait_s`, ...) is no part of it.
+
+    Raises:
+        InvalidRequestError: the model does not offer it.
+    """
+    seed = secrets.randbelow(MAX_RANDOM_SEED) if body.seed is None else body.seed
+    if isinstance(body, VideoRequest):
+        fps = pick_fps(body.fps, manifest)
+        return GenerationRequest(
+            prompt=body.prompt,
+            bucket=pick_video_bucket(body, manifest, fps),
+            seed=seed,
+            num_steps=pick_steps(body.steps, manifest),
+            output_format="mp4",
+            fps=fps,
+        )
+    assert isinstance(body, DrawingRequest)
+    return GenerationRequest(
+        prompt=body.prompt,
+        num_samples=body.n,
+        bucket=pick_bucket(body.size, manifest),
+        seed=seed,
+        num_steps=pick_steps(body.steps, manifest),
+        output_format=body.output_format,
+        quality=body.output_compression,
+    )
+
+
+def _fingerprint(body: SampleRequest, request: GenerationRequest, model: str) -> str:
+    """Of what was asked: a repeated request without a seed is still the same request."""
+    return fingerprint(request, model=model, seed_given=body.seed is not None)
+
+
+async def _is_same(services: Services, body: SampleRequest, holder_id: str | None) -> bool:
+    """Whether a request without a model is the holder's all the same: which model such a request gets changes
+    with the workers that live.
+    """
+    holder = await services.queue.get(holder_id) if body.model is None and holder_id else None
+    model = (await services.catalog.models()).get(holder.model) if holder else None
+    if holder is None or model is None or holder.kind is not _kind_of(body):
+        return False
+    try:
+        request = _complete(body, model.manifest)
+    except InvalidRequestError:
+        return False
+    return _fingerprint(body, request, model.name) == holder.fingerprint
+
+
+def pick_bucket(size: str, manifest: Manifest) -> Bucket:
+    """The bucket of a `WIDTHxHEIGHT` size; `auto` is the model's first one.
+
+    Raises:
+        SizeNotServedError: the bundle has no such bucket.
+    """
+    return _buckets_of_size(size, manifest)[0]
+
+
+def pick_video_bucket(body: VideoRequest, manifest: Manifest, fps: int) -> Bucket:
+    """The first bucket that has the size and the length that are asked for.
+
+    Raises:
+        SizeNotServedError: the bundle has none of this size.
+        LengthNotServedError: it has none of this size with so many frames or seconds.
+    """
+    sized = _buckets_of_size(body.size, manifest)
+    for bucket in sized:
+        if body.frames in (None, bucket.frames) and _lasts(body.seconds, bucket.frames, fps):
+            return bucket
+    name = "seconds" if body.frames is None else "frames"
+    asked = f"{body.seconds:g} s" if body.frames is None else f"{body.frames} frames"
+    allowed = ", ".join(
+        dict.fromkeys(f"{seconds_of(bucket.frames, fps)} s ({bucket.frames} frames)" for bucket in sized)
+    )
+    and_seconds = f" in {body.seconds:g} s" if body.frames is not None and body.seconds is not None else ""
+    raise LengthNotServedError(
+        f"{manifest.name} does not draw {asked}{and_seconds}; allowed are: {allowed}", param=name
+    )
+
+
+def pick_fps(fps: int | None, manifest: Manifest) -> int:
+    """The model's frames per second, which is all that may be asked for.
+
+    Raises:
+        FpsNotServedError: another number was.
+    """
+    own = manifest.fps or DEFAULT_FPS
+    if fps not in (None, own):
+        raise FpsNotServedError(
+            f"{manifest.name} does not draw {fps} frames per second; allowed is: {own}", param="fps"
+        )
+    return own
+
+
+def _lasts(seconds: float | None, frames: int, fps: int) -> bool:
+    """Whether so many frames last `seconds`, the last frame's own time counted or not."""
+    return seconds is None or frames - 1 - LENGTH_TOLERANCE <= seconds * fps <= frames + LENGTH_TOLERANCE
+
+
+def _buckets_of_size(size: str, manifest: Manifest) -> list[Bucket]:
+    """At least one bucket.
+
+    Raises:
+        SizeNotServedError: there is none.
+    """
+    if size == "auto":
+        return list(manifest.buckets)
+    width, height = (int(part) for part in size.split("x"))
+    found = [bucket for bucket in manifest.buckets if (bucket.width, bucket.height) == (width, height)]
+    if not found:
+        allowed = ", ".join(sizes_of(manifest))
+        raise SizeNotServedError(
+            f"{manifest.name} does not draw {size}; allowed are: auto, {allowed}", param="size"
+        )
+    return found
+
+
+def sizes_of(manifest: Manifest) -> list[str]:
+    """Every `WIDTHxHEIGHT` of a model, its own first."""
+    return list(dict.fromkeys(bucket.size for bucket in manifest.buckets))
+
+
+def pick_steps(steps: int | None, manifest: Manifest) -> int:
+    """The number of steps asked for, or the model's default.
+
+    Raises:
+        StepsNotServedError: the student was not distilled for it.
+    """
+    if steps is None:
+        return manifest.default_num_steps
+    if steps not in manifest.num_steps:
+        allowed = ", ".join(str(number) for number in sorted(manifest.num_steps))
+        raise StepsNotServedError(
+            f"{manifest.name} does not draw in {steps} steps; allowed are: {allowed}", param="steps"
+        )
+    return steps
+
+
+def check_compression(body: DrawingRequest) -> None:
+    """PNG has no quality to lower.
+
+    Raises:
+        UnsupportedParameterError: a compression below 100 was asked for with png.
+    """
+    if body.output_format == "png" and body.output_compression not in (None, 100):
+        raise UnsupportedParameterError(
+            "output_compression applies to jpeg and webp; with png the only allowed value is 100",
+            param="output_compression",
+        )
+
+
+def _check_prompt(prompt: str, max_chars: int) -> None:
+    if len(prompt) > max_chars:
+        raise PromptTooLongError(
+            f"prompt has {len(prompt)} characters; at most {max_chars} are allowed", param="prompt"
+        )
+
+
+_REASONS = {
+    EnqueueStatus.QUEUE_FULL: Refusal.QUEUE,
+    EnqueueStatus.TENANT_FULL: Refusal.TENANT,
+    EnqueueStatus.MEMORY: Refusal.MEMORY,
+}
+
+
+def _count_refusal(services: Services, model: ServedModel, reason: Refusal) -> None:
+    services.metrics.jobs_rejected.labels(model.name, model.kind, reason).inc()
+
+
+def _refusal(decision: Decision, services: Services, model: ServedModel) -> ApiError:
+    if decision.reason is Refusal.DEADLINE:
+        message = (
+            f"a job would take about {(decision.eta_ms or 0) / 1000:.1f} s now, "
+            f"and its deadline is {services.settings.deadline_s(model.kind):g} s; try again later"
+        )
+    else:
+        message = (
+            f"{model.stats.total_waiting} jobs wait for {model.name}, which is all that may; try again later"
+        )
+    return QueueFullError(message, retry_after_ms=decision.retry_after_ms)
+
+
+def _enqueue_error(
+    status: EnqueueStatus, decision: Decision, services: Services, model: ServedModel
+) -> ApiError:
+    # The load that was read a moment ago still had room, so what it predicts for one job is the best hint
+    # there is.
+    retry_after_ms = max(MIN_RETRY_MS, decision.retry_after_ms or decision.eta_ms or NO_WORKER_RETRY_MS)
+    if status is EnqueueStatus.MISMATCH:
+        return IdempotencyMismatchError(
+            "this Idempotency-Key was used with another request; use a new key", param="Idempotency-Key"
+        )
+    if status is EnqueueStatus.TENANT_FULL:
+        return TenantFullError("you have as many jobs in flight as you may", retry_after_ms=retry_after_ms)
+    if status is EnqueueStatus.MEMORY:
+        return OverloadedError(
+            "the queue's memory is full, and nothing in it is finished; try again later",
+            retry_after_ms=max(MEMORY_RETRY_MS, retry_after_ms),
+        )
+    return QueueFullError(
+        f"{services.settings.max_queue} jobs wait for {model.name}, which is all that may; try again later",
+        retry_after_ms=retry_after_ms,
+    )

@@ -1,0 +1,386 @@
+"""JobQueue: the api process's side of the queue (enqueue, look up, wait, cancel, count)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from redis.exceptions import OutOfMemoryError, RedisError
+
+from server.job import TERMINAL, Job, Priority, model_tag
+from server.queue.calls import Calls
+from server.queue.connection import connect_async, system_now_ms
+from server.queue.keys import MODELS_KEY, class_prefix, job_key, waiting_key
+from server.queue.records import (
+    EnqueueResult,
+    EnqueueStatus,
+    QueueStats,
+    UnreadableJobError,
+    dump_request,
+    load_job,
+    load_worker,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_KEY_CHARS = 255
+IDEMPOTENCY_TTL_MS = 24 * 3600 * 1000
+SWEEP_S = 5.0
+# After its deadline a running job's worker has this long to say so, or to complete, before the sweep ends it.
+DEADLINE_GRACE_MS = 30_000
+READ_BLOCK_MS = 2_000
+
+
+class JobQueue:
+    """All queue classes of one Redis, as one api process sees them. One instance per event loop.
+
+    All verbs raise `redis.exceptions.RedisError` (ConnectionError, TimeoutError, ...) where Redis cannot be
+    reached, or hangs for about two seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        max_waiting: int = 256,
+        max_live_per_tenant: int | None = None,
+        result_ttl_s: int = 86_400,
+        on_deadline: Callable[[Job], None] = lambda _: None,
+        clock: Callable[[], int] = system_now_ms,
+    ) -> None:
+        """Connects with the first verb.
+
+        Args:
+            url: redis://, rediss:// or unix:// URL of Redis 7.0+ or Valkey 8+.
+            max_waiting: queued jobs a class may hold; one more is QUEUE_FULL.
+            max_live_per_tenant: queued and running jobs a tenant may have in a class; None: no limit.
+            result_ttl_s: how long the record of a finished job is kept.
+            on_deadline: called with each job that this process's sweep has ended.
+            clock: unix ms.
+        """
+        self._redis = connect_async(url)
+        self._calls = Calls(self._redis)
+        self._max_waiting = max_waiting
+        self._max_live_per_tenant = max_live_per_tenant or 0
+        self._result_ttl_ms = result_ttl_s * 1000
+        self._on_deadline = on_deadline
+        self._clock = clock
+        self._boot = secrets.token_hex(8)  # names this process's reply streams
+        self._known: set[str] = set()
+        self._expected: dict[str, Job] = {}
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+        self._readers: dict[str, asyncio.Task[None]] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the sweep; the reader of a class's replies starts with the first wait for one of its jobs."""
+        self._sweeper = asyncio.create_task(self._sweep_forever(), name="queue sweep")
+
+    async def close(self) -> None:
+        """Stop the background tasks, cancel whoever still waits, and disconnect."""
+        tasks = {*self._readers.values(), *([self._sweeper] if self._sweeper else [])}
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            # Again and again: before Python 3.12 asyncio.wait_for, inside redis-py, can swallow a cancel.
+            _, tasks = await asyncio.wait(tasks, timeout=0.1)
+        for future in [future for futures in self._waiters.values() for future in futures]:
+            future.cancel()
+        await self._calls.close()
+        await self._redis.aclose()
+
+    async def ping(self) -> None:
+        """Return if Redis answers, else raise its error."""
+        await self._calls.unless_silent(self._redis.execute_command("PING"))
+
+    async def enqueue(
+        self, job: Job, *, idempotency_key: str | None = None, admit: bool = True
+    ) -> EnqueueResult:
+        """Accept `job` or say why not, atomically.
+
+        Args:
+            job: queued, from `new_job`. The same job again is OK and changes nothing.
+            idempotency_key: scoped to the job's tenant, kept for 24 h and no longer than its job. Again with
+                the same class and fingerprint it gives DUP and the job it already has, else MISMATCH.
+            admit: False only looks for the job that has the key; a new one is refused as QUEUE_FULL.
+        Raises:
+            ValueError: request larger than 64 KiB, or key longer than 255 characters.
+        """
+        if idempotency_key is not None and not 0 < len(idempotency_key) <= MAX_KEY_CHARS:
+            raise ValueError(
+                f"idempotency key of {len(idempotency_key)} characters: 1 to {MAX_KEY_CHARS} allowed"
+            )
+        max_waiting = self._max_waiting if admit else 0
+        args = (
+            *(job.id, job.tenant, job.priority, job.kind, dump_request(job.request), job.fingerprint),
+            *(job.created_ms, job.deadline_ms, self._result_ttl_ms, job.traceparent or "", self._boot),
+            *(_digest(idempotency_key), IDEMPOTENCY_TTL_MS, max_waiting, self._max_live_per_tenant),
+        )
+        accepted = False
+        self._expected[job.id] = job  # before the call: the answer may overtake its reply
+        try:
+            await self._know(job.model)
+            status, job_id, position = await self._call("enqueue", job.model, *args)
+            accepted = status == EnqueueStatus.OK
+        except OutOfMemoryError:
+            return EnqueueResult(status=EnqueueStatus.MEMORY)
+        finally:
+            if not accepted:
+                self._expected.pop(job.id, None)
+        return EnqueueResult(status=EnqueueStatus(status), job_id=job_id or None, position=int(position))
+
+    async def get(self, job_id: str) -> Job | None:
+        """The job, or None where no such id is (any longer) known.
+
+        Raises:
+            UnreadableJobError: another version of the server wrote its record.
+        """
+        for model in await self._models_of(job_id):
+            fields: Any = await self._calls.command("HGETALL", job_key(model, job_id))
+            if fields:
+                return load_job(model, job_id, fields)
+        return None
+
+    async def _get_readable(self, job_id: str) -> Job | None:
+        """The job, or None where it is unknown or cannot be read."""
+        try:
+            return await self.get(job_id)
+        except UnreadableJobError as error:
+            log.warning("%s", error)
+            return None
+
+    async def position(self, job: Job) -> int | None:
+        """Jobs of its priority that were waiting before it and still are; None once it runs or has ended."""
+        rank: Any = await self._calls.command("ZRANK", waiting_key(job.model, job.priority), job.id)
+        return None if rank is None else int(rank)
+
+    async def cancel(self, job_id: str) -> Job | None:
+        """Cancel at once while queued, at the next step boundary while running. Returns the job as it is."""
+        for model in await self._models_of(job_id):
+            await self._call("cancel", model, job_id, self._clock())
+        return await self.get(job_id)
+
+    async def delete(self, job_id: str) -> Job | None:
+        """Cancel an unfinished job; of a finished one the results count as gone. Either is no longer listed.
+
+        Returns:
+            The job as it is; its objects in the store are the caller's to delete.
+        """
+        for model in await self._models_of(job_id):
+            await self._call("delete", model, job_id, self._clock())
+        return await self.get(job_id)
+
+    async def listing(
+        self, models: Iterable[str], *, tenant: str, after: str | None, limit: int, newest_first: bool
+    ) -> tuple[list[Job], bool]:
+        """A tenant's video jobs, by age.
+
+        Args:
+            models: the classes to look into.
+            tenant: whose.
+            after: the last id of the page before; None begins.
+            limit: at most this many, at least 1.
+            newest_first: or oldest first.
+
+        Returns:
+            The jobs, and whether more come after the last of them.
+        """
+        models = list(models)
+        found: list[Job] = []
+        while len(found) <= limit:
+            ids = sorted(
+                [
+                    job_id
+                    for model in models
+                    for job_id in await self._listed(model, tenant, after, limit + 1, newest_first)
+                ],
+                reverse=newest_first,
+            )[: limit + 1]
+            if not ids:
+                break
+            after = ids[-1]
+            jobs = await asyncio.gather(*map(self._get_readable, ids))  # None: expired since it was listed
+            found += [job for job in jobs if job is not None]
+        return found[:limit], len(found) > limit
+
+    async def _listed(
+        self, model: str, tenant: str, after: str | None, limit: int, newest_first: bool
+    ) -> list[str]:
+        name, start = f"{class_prefix(model)}:l:{tenant}", f"({after}" if after else ""
+        command, bounds = (
+            ("ZREVRANGEBYLEX", (start or "+", "-")) if newest_first else ("ZRANGEBYLEX", (start or "-", "+"))
+        )
+        ids: Any = await self._calls.command(command, name, *bounds, "LIMIT", 0, limit)
+        return list(ids)
+
+    async def wait(self, job_id: str, timeout_s: float) -> Job | None:
+        """The job once it is finished, or as it stands after `timeout_s`; None for an unknown id."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.setdefault(job_id, set()).add(future)
+        try:
+            if self._is_expected(job_id) or await self._watch(job_id):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s):
+                        await future
+        finally:
+            self._waiters[job_id].discard(future)
+            if not self._waiters[job_id]:
+                del self._waiters[job_id]
+        return await self.get(job_id)
+
+    async def stats(self, model: str) -> QueueStats:
+        """Counts of one class and its live workers."""
+        prefix, now_ms = class_prefix(model), self._clock()
+        pipeline = self._redis.pipeline(transaction=False)
+        for priority in Priority:
+            pipeline.zcard(waiting_key(model, priority))
+        for priority in Priority:
+            pipeline.zrange(waiting_key(model, priority), 0, 0, withscores=True)
+        pipeline.zcard(f"{prefix}:live")
+        pipeline.xlen(f"{prefix}:dead")
+        pipeline.zcard(f"{prefix}:ended")
+        pipeline.hget(f"{prefix}:pump", "forgotten")
+        pipeline.zrangebyscore(f"{prefix}:alive", f"({now_ms}", "+inf")
+        pipeline.hgetall(f"{prefix}:w")
+        replies: list[Any] = await self._calls.unless_silent(pipeline.execute())
+        num = len(Priority)
+        waiting = dict(zip(Priority, replies[:num], strict=True))
+        oldest = [score for first in replies[num : 2 * num] for _, score in first]
+        live, dead, kept, forgotten, alive, infos = replies[2 * num :]
+        return QueueStats(
+            waiting=waiting,
+            running=live - sum(waiting.values()),
+            oldest_age_ms=max(0, now_ms - int(min(oldest))) if oldest else 0,
+            dead=dead,
+            kept=kept,
+            forgotten=int(forgotten or 0),
+            workers=tuple(load_worker(infos[consumer]) for consumer in alive if consumer in infos),
+        )
+
+    async def memory_use(self) -> float:
+        """Share of Redis's memory limit that is used; 0 where there is no limit.
+
+        From 0.8 on no job is accepted before finished ones were forgotten.
+        """
+        info: Any = await self._calls.unless_silent(self._redis.info("memory"))
+        limit = int(info.get("maxmemory", 0))
+        return int(info["used_memory"]) / limit if limit else 0.0
+
+    async def models(self) -> dict[str, Mapping[str, Any]]:
+        """Every model a worker has ever announced here: name -> its bundle's manifest.json, as a dict.
+
+        A model stays known while no worker serves it, so its jobs can wait.
+        """
+        manifests: Any = await self._calls.command("HGETALL", MODELS_KEY)
+        self._known |= manifests.keys()
+        return {name: json.loads(text) for name, text in manifests.items() if text}
+
+    async def manifests(self, model: str, versions: Iterable[str]) -> list[Mapping[str, Any]]:
+        """Of these versions, as far as their workers announced them; what a route calls base comes first."""
+        prefix, versions = class_prefix(model), list(versions)
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.hget(f"{prefix}:route", "base")
+        pipeline.hmget(f"{prefix}:m", versions)
+        base, texts = await self._calls.unless_silent(pipeline.execute())
+        found: list[Mapping[str, Any]] = [json.loads(text) for text in texts if text]
+        return sorted(found, key=lambda manifest: manifest.get("version") != base)
+
+    async def _know(self, model: str) -> None:
+        """Note a class where every api process finds it when it sees one of its job ids."""
+        if model not in self._known:
+            await self._calls.command("HSETNX", MODELS_KEY, model, "")
+            self._known.add(model)
+
+    async def _models_of(self, job_id: str) -> list[str]:
+        """The classes whose tag the id ends with: one, unless two names share their 16 bits."""
+        tag = job_id[-4:]
+        found = [model for model in self._known if model_tag(model) == tag]
+        if not found:
+            await self.models()
+            found = [model for model in self._known if model_tag(model) == tag]
+        return found
+
+    def _is_expected(self, job_id: str) -> bool:
+        """True for a job that this process enqueued and has not heard the end of: it is told anyway."""
+        job = self._expected.get(job_id)
+        if job is None:
+            return False
+        self._listen(job.model)
+        return True
+
+    def _listen(self, model: str) -> None:
+        if model not in self._readers:
+            name = f"queue replies {model}"
+            self._readers[model] = asyncio.create_task(self._read_replies(model), name=name)
+
+    async def _watch(self, job_id: str) -> bool:
+        """Have this process told when the job ends; False if there is nothing to wait for."""
+        for model in await self._models_of(job_id):
+            self._listen(model)
+            status = await self._call("watch", model, job_id, self._boot)
+            if status is not None:
+                return status not in TERMINAL
+        return False
+
+    async def _read_replies(self, model: str) -> None:
+        """Wake the waiters of one class, for as long as this process lives."""
+        stream, last = f"{class_prefix(model)}:r:{self._boot}", "0-0"
+        while True:
+            try:
+                reply: Any = await self._redis.xread({stream: last}, block=READ_BLOCK_MS)
+            except RedisError as error:
+                log.warning("reply stream of %s: %s; reading on from %s", model, error, last)
+                await asyncio.sleep(0.5)
+                continue
+            for _, entries in reply:
+                for entry, fields in entries:
+                    self._wake(fields["id"])
+                    last = entry
+
+    def _wake(self, job_id: str) -> None:
+        self._expected.pop(job_id, None)
+        for future in self._waiters.get(job_id, ()):
+            if not future.done():
+                future.set_result(None)
+
+    async def _sweep_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                await self.sweep()
+            except RedisError as error:
+                log.warning("queue sweep: %s", error)
+
+    async def sweep(self) -> None:
+        """End jobs past their deadline, and wake the waiters of ended jobs whose reply got lost.
+
+        Runs by itself every SWEEP_S seconds.
+        """
+        await self.models()
+        for model in list(self._known):
+            with suppress(OutOfMemoryError):  # a full Redis must not keep late jobs from ending
+                await self._redis.hsetnx(MODELS_KEY, model, "")  # again, should Redis have lost its data
+            for job_id in await self._call("expire", model, self._clock(), DEADLINE_GRACE_MS, 1000):
+                if job := await self.get(job_id):
+                    self._on_deadline(job)
+        waited_for = list(self._waiters)
+        jobs = await asyncio.gather(*map(self._get_readable, waited_for))
+        for job_id, job in zip(waited_for, jobs, strict=True):
+            if job is None or job.finished:
+                self._wake(job_id)
+        long_over_ms = self._clock() - 2 * DEADLINE_GRACE_MS  # whose reply was lost and nobody waits for
+        for job in [job for job in self._expected.values() if job.deadline_ms < long_over_ms]:
+            del self._expected[job.id]
+
+    async def _call(self, verb: str, model: str, *args: str | int) -> Any:
+        return await self._calls.verb(verb, class_prefix(model), *args)
+
+
+def _digest(idempotency_key: str | None) -> str:
+    return hashlib.sha256(idempotency_key.encode()).hexdigest() if idempotency_key is not None else ""

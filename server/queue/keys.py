@@ -1,0 +1,26 @@
+"""Keys: names in Redis; the scripts derive theirs from a class's prefix (`lua/_names.lua`)."""
+
+MODELS_KEY = "q:models"
+"""Every class that was ever seen, with its bundle's manifest."""
+GROUP = "w"
+"""The consumer group of a lane."""
+
+
+def class_prefix(model: str) -> str:
+    """Prefix of every key of a class; the braces keep them in one cluster slot."""
+    return f"q:{{{model}}}"
+
+
+def job_key(model: str, job_id: str) -> str:
+    """The record of one job."""
+    return f"{class_prefix(model)}:j:{job_id}"
+
+
+def waiting_key(model: str, priority: str) -> str:
+    """Queued ids of one priority by time of arrival."""
+    return f"{class_prefix(model)}:n:{priority}"
+
+
+def stream_of(model: str, version: str) -> str:
+    """The lane of one version: the stream that is its dispatch window."""
+    return f"{class_prefix(model)}:s:{version}"

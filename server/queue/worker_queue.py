@@ -1,0 +1,334 @@
+"""WorkerQueue: the worker's side of the queue (lease, start, extend, finish, hand back)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
+
+from server.job import Job, JobError, JobStatus, OutputRef, Priority
+from server.queue.connection import SOCKET_TIMEOUT_S, connect, system_now_ms
+from server.queue.keys import GROUP, MODELS_KEY, class_prefix, job_key, stream_of, waiting_key
+from server.queue.records import (
+    UnreadableJobError,
+    WorkerInfo,
+    dump_error,
+    dump_outputs,
+    dump_worker,
+    load_job,
+)
+from server.queue.scripts import script, script_sha
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+WORKER_TTL_MS = 15_000
+MAX_BLOCK_MS = int(SOCKET_TIMEOUT_S * 1000) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One worker's time-limited hold on one job: the stream entry that delivered it, and the job's id."""
+
+    entry: str
+    job_id: str
+
+
+class Verdict(StrEnum):
+    """What `extend` learns about a lease.
+
+    CANCEL: the client asks to stop. LOST: it lapsed and another worker has the job; our result may still come
+    first. GONE: the job is finished or unknown, our work is of no use.
+    """
+
+    OK = "ok"
+    CANCEL = "cancel"
+    LOST = "lost"
+    GONE = "gone"
+
+
+class Settled(StrEnum):
+    """What became of a result or a failure.
+
+    STALE: another stands and ours is to be discarded. CANCELLED: so is ours, for the job was deleted.
+    """
+
+    OK = "ok"
+    STALE = "stale"
+    UNKNOWN = "unknown"
+    CANCELLED = "cancelled"
+
+
+class Dropped(StrEnum):
+    """Why a leased job was not started.
+
+    LOST: another worker has it. UNKNOWN: there is no such job, or this is not its entry. DEADLINE, POISON:
+    ended by this very start; CANCELLED: by it, or before. DONE, FAILED: it was over.
+    """
+
+    LOST = "lost"
+    UNKNOWN = "unknown"
+    DEADLINE = "deadline"
+    POISON = "poison"
+    CANCELLED = "cancelled"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The job as it now runs; or None, and why not."""
+
+    job: Job | None
+    dropped: Dropped | None = None
+
+
+class WorkerQueue:
+    """One queue class as one worker process sees it.
+
+    Every verb may be called from any thread, and again after a connection error: repeating one whose reply
+    was lost has no second effect. All raise `redis.exceptions.RedisError` where Redis cannot be reached.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str,
+        version: str,
+        consumer: str,
+        clock: Callable[[], int] = system_now_ms,
+    ) -> None:
+        """Connects with the first verb.
+
+        Args:
+            url: redis://, rediss:// or unix:// URL of Redis 7.0+ or Valkey 8+.
+            model: the class to serve.
+            version: of the bundle that is served; its lane is what this worker reads.
+            consumer: unique per process life and never used again; the lease is its.
+            clock: unix ms.
+        """
+        self.model = model
+        self.version = version
+        self.consumer = consumer
+        self._clock = clock
+        self._redis = connect(url)
+        self._prefix = class_prefix(model)
+        self._stream = stream_of(model, version)
+        self._announcement: tuple[WorkerInfo, str] | None = None
+        self._announce = False
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._redis.close()
+
+    def beat(self, info: WorkerInfo, manifest_json: str) -> None:
+        """Announce this worker, or say that it still lives; due every few seconds.
+
+        The first time, and again if Redis lost its data, this also creates the consumer group and leaves the
+        bundle's manifest for the api processes.
+        """
+        self._announcement = info, manifest_json
+        fresh = self._call("beat", *self._who, self._clock(), WORKER_TTL_MS, dump_worker(info))
+        self._announce = self._announce or bool(fresh)
+        if self._announce:
+            with suppress(OutOfMemoryError):  # a full Redis still serves; this comes with a later beat
+                self._redis.hset(f"{self._prefix}:m", self.version, manifest_json)
+                self._redis.hset(MODELS_KEY, self.model, manifest_json)
+                self._announce = False
+
+    def leave(self) -> None:
+        """Say that this worker ends in good order."""
+        self._call("leave", *self._who, self._clock())
+
+    def read(self, count: int, block_ms: int = 0) -> list[Lease]:
+        """Lease up to `count` jobs from the dispatch window.
+
+        Args:
+            count: at least 1.
+            block_ms: how long to wait for a first one; 0 does not wait, more than MAX_BLOCK_MS is shortened.
+        """
+        streams: dict[Any, Any] = {self._stream: ">"}
+        block = min(block_ms, MAX_BLOCK_MS) or None
+        try:
+            reply: Any = self._redis.xreadgroup(GROUP, self.consumer, streams, count=count, block=block)
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            self._rejoin()
+            return []
+        return [_lease(entry) for _, entries in reply for entry in entries]
+
+    def reclaim(self, count: int, lease_ms: int) -> list[Lease]:
+        """Take over up to `count` leases that nobody extended for `lease_ms`, this worker's own included.
+
+        Those on jobs of a version that has no live worker any more go back to the queue.
+        """
+        self._call("adopt", lease_ms)
+        leases: list[Lease] = []
+        cursor = "0-0"
+        while len(leases) < count:
+            try:
+                reply: Any = self._redis.xautoclaim(
+                    self._stream, GROUP, self.consumer, lease_ms, cursor, count=count - len(leases)
+                )
+            except ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+                self._rejoin()
+                break
+            cursor = reply[0]
+            leases += [_lease(entry) for entry in reply[1]]
+            if cursor == "0-0":
+                break
+        return leases
+
+    def look(self, leases: Sequence[Lease]) -> tuple[list[Job | UnreadableJobError | None], int]:
+        """The leased jobs, unstarted (None: no longer known), and how many wait in the whole class."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for lease in leases:
+            pipeline.hgetall(job_key(self.model, lease.job_id))
+        for priority in Priority:
+            pipeline.zcard(waiting_key(self.model, priority))
+        replies: list[Any] = pipeline.execute()
+        hashes, counts = replies[: len(leases)], replies[len(leases) :]
+        jobs = [self._read(lease, fields) for lease, fields in zip(leases, hashes, strict=True)]
+        return jobs, sum(counts)
+
+    def refuse(self, lease: Lease, error: JobError) -> None:
+        """End a leased job that cannot be worked on, without reading more of its record than must be."""
+        try:
+            args = (*self._who, lease.entry, lease.job_id, self._clock(), MAX_ATTEMPTS)
+            verdict, *rest = self._call("start", *args)
+            if verdict != "run":
+                return  # it is ended, gone, or somebody else's
+            attempt = dict(zip(rest[::2], rest[1::2], strict=True))["at"]
+            now_ms, err = self._clock(), dump_error(error)
+            self._call("fail", *self._who, attempt, lease.job_id, now_ms, JobStatus.FAILED, err, "{}")
+        except ResponseError as broken:  # the script itself cannot make sense of it
+            log.error("job %s cannot be ended: %s", lease.job_id, broken)  # noqa: TRY400
+
+    def start(self, leases: Sequence[Lease]) -> list[Started]:
+        """Begin the next attempt of each leased job, in one round trip.
+
+        A job past its deadline, cancelled, or already tried MAX_ATTEMPTS times is ended here instead.
+        """
+        now_ms = self._clock()
+        replies = self._call_many(
+            "start",
+            [(*self._who, lease.entry, lease.job_id, now_ms, MAX_ATTEMPTS) for lease in leases],
+        )
+        return [self._started(lease, reply) for lease, reply in zip(leases, replies, strict=True)]
+
+    def extend(self, progress: Mapping[Lease, int]) -> dict[Lease, Verdict]:
+        """Keep leases for another lease time, and record how far (0..100) each job is."""
+        if not progress:
+            return {}
+        args = [arg for lease, percent in progress.items() for arg in (lease.entry, lease.job_id, percent)]
+        verdicts: Any = self._call("extend", *self._who, *args)
+        return {lease: Verdict(verdict) for lease, verdict in zip(progress, verdicts, strict=True)}
+
+    def complete(
+        self,
+        job: Job,
+        outputs: Sequence[OutputRef],
+        timing: Mapping[str, float],
+        warnings: Sequence[str] = (),
+    ) -> Settled:
+        """Record the results of a started job; the first finisher wins, with or without the lease.
+
+        Args:
+            job: as `start` returned it.
+            outputs: its objects in the store.
+            timing: as `Job.timing`.
+            warnings: as `Job.warnings`.
+        """
+        return self.complete_all([(job, outputs, timing, warnings)])[0]
+
+    def complete_all(
+        self, results: Sequence[tuple[Job, Sequence[OutputRef], Mapping[str, float], Sequence[str]]]
+    ) -> list[Settled]:
+        """`complete` for each of several jobs, in one round trip."""
+        if not results:
+            return []
+        args = [
+            arg
+            for job, outputs, timing, warnings in results
+            for arg in (
+                job.attempt,
+                job.id,
+                dump_outputs(outputs),
+                json.dumps(timing),
+                json.dumps(warnings) if warnings else "",
+            )
+        ]
+        replies = self._call("complete", *self._who, self._clock(), *args)
+        return [Settled(str(reply)) for reply in replies]
+
+    def fail(
+        self, job: Job, error: JobError, timing: Mapping[str, float], *, status: JobStatus = JobStatus.FAILED
+    ) -> Settled:
+        """End a started job without results. Without the lease it is STALE: the next attempt decides."""
+        now_ms, err = self._clock(), dump_error(error)
+        args = (*self._who, job.attempt, job.id, now_ms, status, err, json.dumps(timing))
+        return Settled(str(self._call("fail", *args)))
+
+    def hand_back(self, leases: Sequence[Lease]) -> int:
+        """Return leases that were not started to the front of the queue; how many went back."""
+        if not leases:
+            return 0
+        args = [arg for lease in leases for arg in (lease.entry, lease.job_id)]
+        return int(self._call("hand_back", *self._who, *args))
+
+    @property
+    def _who(self) -> tuple[str, str]:
+        return self.version, self.consumer
+
+    def _call(self, verb: str, *args: str | int | float) -> Any:
+        return self._call_many(verb, [args])[0]
+
+    def _call_many(self, verb: str, calls: Sequence[tuple[str | int | float, ...]]) -> list[Any]:
+        """Run one verb with each of these arguments: one round trip, and one sync of the disk for all.
+
+        Raises:
+            RedisError: the first of their errors; the others have had their effect.
+        """
+        try:
+            return self._pipeline(verb, calls)
+        except NoScriptError:  # a server that was restarted, or never saw it
+            self._redis.script_load(script(verb))
+            return self._pipeline(verb, calls)
+
+    def _pipeline(self, verb: str, calls: Sequence[tuple[str | int | float, ...]]) -> list[Any]:
+        pipeline = self._redis.pipeline(transaction=False)
+        for args in calls:
+            pipeline.execute_command("EVALSHA", script_sha(verb), 1, self._prefix, *args)
+        replies: list[Any] = pipeline.execute()
+        return replies
+
+    def _rejoin(self) -> None:
+        """Announce this worker again: Redis lost its data, or took the worker for dead and the lane away."""
+        if self._announcement is not None:
+            self.beat(*self._announcement)
+
+    def _read(self, lease: Lease, fields: Mapping[str, str]) -> Job | UnreadableJobError | None:
+        try:
+            return load_job(self.model, lease.job_id, fields) if fields else None
+        except UnreadableJobError as error:
+            return error
+
+    def _started(self, lease: Lease, reply: list[str]) -> Started:
+        verdict, *rest = reply
+        if verdict != "run":
+            return Started(None, Dropped(rest[0] if rest else verdict))
+        return Started(load_job(self.model, lease.job_id, dict(zip(rest[::2], rest[1::2], strict=True))))
+
+
+def _lease(entry: tuple[str, Mapping[str, str]]) -> Lease:
+    return Lease(entry[0], entry[1]["id"])

@@ -1,0 +1,233 @@
+"""The worker process: load a bundle, wire the parts, and end in order.
+
+The main thread is the engine's and runs `server.worker.loop`. Beside it: a heartbeat thread keeps the leases,
+finisher threads end jobs, and a prefetch thread leases the next batch during the last step of this one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+
+from engines.bucket import Bucket
+from engines.bundle import Manifest, read_manifest
+from engines.errors import EngineError
+from engines.runtime.pipeline import Pipeline
+from engines.signature import read_key
+from server.cost import batch_cost
+from server.job import JobKind
+from server.metrics import Metrics, start_metrics_server
+from server.queue.connection import system_now_ms
+from server.queue.errors import QueueError
+from server.queue.records import WorkerInfo
+from server.queue.routes import Routes
+from server.queue.worker_queue import WorkerQueue
+from server.settings import WorkerSettings
+from server.store import ResultStore
+from server.worker.ages import log_start, process_ages_s
+from server.worker.batch_policy import CostModel
+from server.worker.batcher import Batcher
+from server.worker.expiry import Expiry
+from server.worker.finisher import Finisher
+from server.worker.heartbeat import Heartbeat
+from server.worker.loop import EngineLostError, Worker
+
+log = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_ENGINE_LOST = 1
+EXIT_UNUSABLE = 2
+# An engine that takes this many times its measured time for one batch, and a minute at least, counts as hung.
+STALL_FACTOR = 20
+MIN_STALL_S = 60.0
+# Finished jobs whose pixels wait in memory for packing; a 49-frame video of 720 x 480 is 51 MB.
+MAX_PENDING = {JobKind.IMAGE: 64, JobKind.VIDEO: 4}
+
+
+def load_pipeline(settings: WorkerSettings, kind: type[Pipeline] = Pipeline) -> Pipeline:
+    """The bundle that the settings name, in memory."""
+    key = None if settings.bundle_key_file is None else read_key(settings.bundle_key_file)
+    return kind.load(settings.bundle, backend=settings.backend, num_threads=settings.num_threads, key=key)
+
+
+def run_worker(
+    settings: WorkerSettings, *, load: Callable[[WorkerSettings], Pipeline] = load_pipeline
+) -> int:
+    """Serve one bundle until SIGTERM or SIGINT. Call it from the main thread of a process of its own.
+
+    Returns:
+        0 after an orderly end, 1 if the device was lost, 2 if the bundle, Redis or the store cannot be used.
+    """
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    metrics = Metrics()
+    ages_s = {"imports": process_ages_s()}
+    started = time.perf_counter()
+    try:
+        pipeline = load(settings)
+    except EngineError as error:
+        log.critical("%s", error, extra={"code": error.code})
+        _tell_why(settings, str(error))
+        return EXIT_UNUSABLE
+    for warning in pipeline.warnings:
+        log.warning("%s", warning)
+    if pipeline.memory is not None:
+        log.info("GPU memory\n%s", pipeline.memory.as_text())
+    ages_s["load"] = process_ages_s()
+    pipeline.warm_up()
+    ages_s["warm_up"] = process_ages_s()
+    log_start("loaded", pipeline.manifest.name, ages_s)
+    for decision in pipeline.graphs:
+        log.info(
+            "CUDA graph of %s at batch %d %s: %s",
+            decision.stage,
+            decision.batch,
+            "used" if decision.used else "not used",
+            decision.reason,
+            extra={"plain_ms": decision.plain_ms, "graph_ms": decision.graph_ms},
+        )
+    manifest = pipeline.manifest
+    metrics.model_load.labels(manifest.name).set(time.perf_counter() - started)
+    metrics.engine_info.labels(manifest.name, pipeline.backend, manifest.version).set(1)
+    server = start_metrics_server(metrics, settings.host, settings.metrics_port)
+    try:
+        return EXIT_OK if stopping.is_set() else serve(settings, pipeline, metrics, stopping)
+    finally:
+        if server is not None:
+            server.close()
+
+
+def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stopping: threading.Event) -> int:
+    """Lease and draw until `stopping`, then end in order: what was started is finished, the rest handed back.
+
+    Returns:
+        As `run_worker`.
+    """
+    manifest, clock = pipeline.manifest, system_now_ms
+    info = _worker_info(pipeline)
+    queue = WorkerQueue(
+        settings.redis_url, model=manifest.name, version=manifest.version, consumer=info.id, clock=clock
+    )
+    cost_ms = _cost_model(manifest, pipeline.backend)
+    heartbeat = Heartbeat(
+        queue,
+        info,
+        manifest.model_dump_json(),
+        metrics,
+        lease_s=settings.lease_s,
+        stall_s=_stall_s(manifest, cost_ms),
+        on_stall=lambda: os._exit(EXIT_ENGINE_LOST),  # a hung device call never returns to an orderly end
+    )
+    store = ResultStore(settings.store_url)
+    finisher = Finisher(
+        queue,
+        store,
+        heartbeat,
+        metrics,
+        version=manifest.version,
+        unheard=pipeline.unheard,
+        store_patience_s=settings.lease_s,
+        max_pending=MAX_PENDING[JobKind(manifest.kind)],
+        clock=clock,
+    )
+    batcher = Batcher(
+        queue,
+        heartbeat,
+        metrics,
+        max_batch=manifest.max_batch,
+        cost_ms=cost_ms,
+        lease_s=settings.lease_s,
+        stopping=stopping,
+        settle=finisher.settle,
+        clock=clock,
+    )
+    worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, clock=clock)
+    status = EXIT_OK
+    try:
+        with ExitStack() as ends:  # from the last to the first, each whatever becomes of the others
+            ends.callback(queue.close)
+            if not _announce(heartbeat, stopping):
+                return EXIT_OK
+            ends.callback(queue.leave)
+            ends.callback(heartbeat.close)
+            ends.callback(finisher.close)
+            ends.callback(batcher.close)
+            if settings.expires:
+                expiry = Expiry(store, settings.result_ttl_s)
+                expiry.start()
+                ends.callback(expiry.close)
+            log.info("ready on %s", pipeline.backend, extra={"model": manifest.name, "worker": info.id})
+            try:
+                worker.run()
+            except EngineLostError:
+                log.exception("the device is lost")
+                status = EXIT_ENGINE_LOST
+    except QueueError as error:
+        log.warning("ended while Redis was away; leases lapse by themselves: %s", error)
+    return status
+
+
+def _tell_why(settings: WorkerSettings, message: str) -> None:
+    """Leave word for whoever waits for this worker, as far as the bundle can be named at all."""
+    with suppress(EngineError, QueueError):
+        manifest = read_manifest(settings.bundle)
+        routes = Routes(settings.redis_url)
+        routes.tell_failure(manifest.name, manifest.version, message)
+        routes.close()
+
+
+def _announce(heartbeat: Heartbeat, stopping: threading.Event) -> bool:
+    """Start the heartbeat as soon as Redis answers; False if the worker is to stop before that."""
+    while not stopping.is_set():
+        try:
+            heartbeat.start()
+        except QueueError as error:
+            log.warning("waiting for Redis: %s", error)
+            stopping.wait(1.0)
+        else:
+            return True
+    return False
+
+
+def _worker_info(pipeline: Pipeline) -> WorkerInfo:
+    manifest, host = pipeline.manifest, socket.gethostname()
+    return WorkerInfo(
+        id=f"{host}-{os.getpid()}-{secrets.token_hex(4)}",
+        model=manifest.name,
+        kind=manifest.kind,
+        version=manifest.version,
+        backend=pipeline.backend,
+        max_batch=manifest.max_batch,
+        pid=os.getpid(),
+        host=host,
+        started_ms=system_now_ms(),
+        warnings=tuple(pipeline.warnings),
+        buckets=tuple(bucket.label for bucket in manifest.buckets),
+        num_steps=tuple(manifest.num_steps),
+    )
+
+
+def _cost_model(manifest: Manifest, backend: str) -> CostModel:
+    """The bundle's measured times on `backend`; where it has none, every batch is taken to cost the same."""
+
+    @functools.cache
+    def cost_ms(bucket: Bucket, num_steps: int, batch: int) -> float:
+        cost = batch_cost(manifest, bucket, num_steps, (backend,))
+        return 1.0 if cost is None else cost(batch)
+
+    return cost_ms
+
+
+def _stall_s(manifest: Manifest, cost_ms: CostModel) -> float:
+    steps, batch = max(manifest.num_steps), manifest.max_batch
+    slowest_ms = max(cost_ms(bucket, steps, batch) for bucket in manifest.buckets)
+    return max(MIN_STALL_S, STALL_FACTOR * slowest_ms / 1000)

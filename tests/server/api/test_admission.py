@@ -1,0 +1,94 @@
+"""Admission: what the queue and the measured latency say about one more job."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.admission import NO_WORKER_RETRY_MS, Load, decide, predict_eta_ms
+
+
+def batch_ms(num_samples: int) -> float:
+    """A worker that needs 20 ms for a batch, and 10 ms for each sample in it."""
+    return 20.0 + 10.0 * num_samples
+
+
+def load(*, waiting: int = 0, running: int = 0, num_workers: int = 2, max_batch: int = 8) -> Load:
+    return Load(waiting=waiting, running=running, num_workers=num_workers, max_batch=max_batch)
+
+
+def decide_one(state: Load, **changes: float) -> tuple[str | None, float | None, float | None]:
+    arguments = {"num_samples": 1, "max_waiting": 10, "deadline_ms": 60_000.0} | changes
+    decision = decide(state, batch_ms, **arguments)  # type: ignore[arg-type]
+    return decision.reason, decision.eta_ms, decision.retry_after_ms
+
+
+def test_idle_system_is_predicted_to_take_one_batch() -> None:
+    assert decide_one(load()) == (None, 30.0, None)
+
+
+def test_jobs_ahead_are_predicted_to_run_in_full_batches_on_all_workers() -> None:
+    # Two workers end eight samples each per 100 ms: 6.25 ms for each of the 16 jobs ahead.
+    assert predict_eta_ms(load(waiting=8, running=8), batch_ms, num_samples=1) == pytest.approx(130.0)
+
+
+def test_more_samples_than_a_batch_holds_take_several() -> None:
+    assert predict_eta_ms(load(max_batch=4), batch_ms, num_samples=10) == 3 * batch_ms(4)
+
+
+def test_running_job_waits_for_nobody() -> None:
+    assert predict_eta_ms(load(waiting=9, running=9), batch_ms, num_samples=1, ahead=0) == 30.0
+
+
+def test_full_queue_refuses_until_one_place_is_free() -> None:
+    reason, _, retry_after_ms = decide_one(load(waiting=99, running=16), max_waiting=90)
+
+    assert reason == "queue"
+    assert retry_after_ms == pytest.approx((99 - 90 + 1) * 6.25)
+
+
+def test_job_that_cannot_make_its_deadline_is_refused_for_as_long_as_it_cannot() -> None:
+    reason, eta_ms, retry_after_ms = decide_one(load(waiting=96), max_waiting=256, deadline_ms=500.0)
+
+    assert reason == "deadline"
+    assert eta_ms is not None
+    assert retry_after_ms == pytest.approx(eta_ms - 500.0)
+
+
+def test_without_a_worker_jobs_are_taken_while_there_is_room() -> None:
+    assert decide_one(load(waiting=9, num_workers=0)) == (None, None, None)
+
+
+def test_without_a_worker_a_full_queue_refuses() -> None:
+    assert decide_one(load(waiting=10, num_workers=0)) == ("queue", None, NO_WORKER_RETRY_MS)
+
+
+@given(
+    waiting=st.integers(0, 1000),
+    running=st.integers(0, 64),
+    num_workers=st.integers(0, 16),
+    max_batch=st.integers(1, 64),
+    num_samples=st.integers(1, 10),
+)
+def test_refusals_name_a_time_in_the_future_and_admissions_none(
+    waiting: int, running: int, num_workers: int, max_batch: int, num_samples: int
+) -> None:
+    state = load(waiting=waiting, running=running, num_workers=num_workers, max_batch=max_batch)
+    decision = decide(state, batch_ms, num_samples=num_samples, max_waiting=256, deadline_ms=5_000.0)
+
+    if decision.reason is None:
+        assert decision.retry_after_ms is None
+        assert waiting < 256
+    else:
+        assert decision.retry_after_ms is not None
+        assert decision.retry_after_ms > 0
+
+
+@given(waiting=st.integers(0, 500), num_workers=st.integers(1, 16))
+def test_eta_grows_with_the_queue_and_shrinks_with_workers(waiting: int, num_workers: int) -> None:
+    def eta(waiting: int, num_workers: int) -> float:
+        found = predict_eta_ms(load(waiting=waiting, num_workers=num_workers), batch_ms, num_samples=1)
+        assert found is not None
+        return found
+
+    assert eta(waiting + 1, num_workers) > eta(waiting, num_workers)
+    assert eta(waiting, num_workers + 1) <= eta(waiting, num_workers)
