@@ -27,7 +27,7 @@ test: $(DEV)  ## run the tests
 	@bash .ci/system-packages
 	@bash .ci/tests $(BIN)/python $(ARGS)
 
-storm: $(DEV)  ## kill workers, apis and Redis at random under load, longer than the tests do
+storm: $(DEV)  ## kill and freeze workers, apis and Redis at random under load, longer than the tests do
 	@bash .ci/system-packages
 	$(BIN)/python -m pytest --storm tests/failures/test_kill_storm.py $(ARGS)
 

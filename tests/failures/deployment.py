@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,35 @@ class Deployment:
         """How often the job was started."""
         count: Any = self.client.hget(f"{PREFIX}:j:{job_id}", "at")
         return int(count)
+
+    def latest_attempt(self, worker: Worker) -> int:
+        """The highest attempt of the jobs that run in a worker that stands still; 0 if none does."""
+        self.client.ping()  # once this is answered, so is whatever the worker sent before it stood still
+        attempts = [0]
+        for job_id in self.job_ids():
+            found: Any = self.client.hmget(f"{PREFIX}:j:{job_id}", "st", "own", "at")
+            status, owner, attempt = found
+            if status == "running" and f"-{worker.pid}-" in owner:
+                attempts.append(int(attempt))
+        return max(attempts)
+
+    def fill_memory(self) -> None:
+        """Leave Redis no memory for anything that is not allowed to go beyond it."""
+        self.client.set("filler", "x" * 4_000_000)
+        self.client.config_set("maxmemory", 3_000_000)
+
+    def free_memory(self) -> None:
+        """Give it back."""
+        self.client.delete("filler")
+        self.client.config_set("maxmemory", 0)
+
+    def shown_files(self) -> set[str]:
+        """Keys of the results that Redis knows."""
+        found: set[str] = set()
+        for job_id in self.job_ids():
+            outputs: Any = self.client.hget(f"{PREFIX}:j:{job_id}", "res")
+            found |= {output["key"] for output in json.loads(outputs or "[]")}
+        return found
 
     def files(self) -> list[str]:
         """Keys of everything in the result store."""

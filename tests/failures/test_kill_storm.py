@@ -1,96 +1,33 @@
-"""Everything is killed at random while clients ask for pictures; afterwards nothing is missing.
-
-A job that was running in three workers when they were killed ends as `poison`: nobody can tell a storm from a
-request that kills. That is a final answer like any other, and the job must have been started three times.
-"""
+"""Everything is killed and frozen at random while clients ask for pictures; afterwards nothing is missing."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import re
+import statistics
 import subprocess
 import sys
 import threading
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.failures.deployment import Deployment
-from tests.failures.processes import PATIENCE_S, ROOT, Api, Process
+from tests.failures.processes import PATIENCE_S, ROOT
+from tests.failures.storm import Customer, Storm, buy_poison
 from tests.server.conftest import poll
 
-NUM_JOBS = {"short": 80, "full": 200}
-KILLS_OF_EACH = {"short": 4, "full": 10}
+NUM_JOBS = {"short": 200, "full": 300}
+KILLS_OF_EACH = {"short": 10, "full": 10}
+FREEZES_OF_EACH = {"short": 3, "full": 10}
+"""So often are worker, api and Redis each killed, and each frozen."""
+JOBS_BETWEEN_BLOWS = {"short": 4, "full": 8}
+"""So many end before the next blow, unless it follows at once, as every third one does."""
 NUM_CUSTOMERS = 6
-JOBS_BETWEEN_KILLS = 8
-"""So many end before the next kill, unless it follows at once, as every third one does."""
-COME_AGAIN = frozenset({429, 503})
-
-
-@dataclass
-class Customer:
-    """Asks for one picture after another, and again whenever it gets no answer, as our docs tell clients to.
-
-    Attributes:
-        orders: idempotency key -> job id.
-        answers: job id -> what the first look at the finished job showed.
-    """
-
-    number: int
-    apis: list[Api]
-    rng: random.Random
-    orders: dict[str, str] = field(default_factory=dict)
-    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def shop(self, enough: threading.Event) -> None:
-        """Until `enough` is set; the last picture is waited for."""
-        while not enough.is_set():
-            key = f"{self.number}-{len(self.orders)}"
-            job_id = self.order(key)
-            self.orders[key] = job_id
-            if self.rng.random() < 0.5:
-                assert self.order(key, wait_s=5) == job_id
-            self.answers[job_id] = self.final_answer(job_id)
-
-    def order(self, key: str, *, wait_s: float = 0) -> str:
-        """Ask under a key until the job's id comes back."""
-        body = {"prompt": f"a cube for {key}", "wait_s": wait_s}
-        answer = self.insist("POST", "/v1/images", json=body, headers={"idempotency-key": key})
-        if answer.is_success:
-            return str(answer.json()["id"])
-        # The job has failed by now, which is what the answer says, and the id is in its words.
-        named = re.search(r"img_\w+", answer.json()["error"]["message"])
-        assert named is not None, answer.text
-        return named[0]
-
-    def final_answer(self, job_id: str) -> dict[str, Any]:
-        """Look until the job is finished. An id that was given must stay known."""
-        while True:
-            answer = self.insist("GET", f"/v1/images/{job_id}")
-            assert answer.status_code == 200, answer.text
-            job: dict[str, Any] = answer.json()
-            if job["status"] in ("completed", "failed"):
-                return job | {"data": [image["seed"] for image in job["data"]]}  # its URLs name the api
-
-    def insist(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """The first answer that is not a request to come again."""
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            api = self.rng.choice(self.apis)
-            try:
-                answer = api.http.request(method, path, **request)
-            except httpx.TransportError:
-                continue
-            if answer.status_code not in COME_AGAIN:
-                return answer
-            time.sleep(self.rng.uniform(0, 0.1))  # a polite client's pause
-        raise TimeoutError(f"{method} {path} has not been answered for {PATIENCE_S} s")
+MEDIAN_WAIT_S = 5.0
+"""From the request to its answer, in the full storm, as promised for a machine of two cores."""
 
 
 def audited(deployment: Deployment, accepted: Path) -> dict[str, Any]:
@@ -114,8 +51,8 @@ def audited(deployment: Deployment, accepted: Path) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.timeout(1800)
-def test_storm_of_kills_loses_no_job_and_shows_none_twice(
+@pytest.mark.timeout(3600)
+def test_storm_of_kills_and_freezes_loses_no_job_and_shows_none_twice(
     deployment: Deployment, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     size = "full" if pytestconfig.getoption("--storm") else "short"
@@ -123,9 +60,11 @@ def test_storm_of_kills_loses_no_job_and_shows_none_twice(
     print(f"storm of seed {seed}")  # noqa: T201 - shown when the test fails
     rng = random.Random(seed)
     apis = [deployment.api("api 0"), deployment.api("api 1")]
-    workers = [deployment.worker("worker 0"), deployment.worker("worker 1")]
+    workers = [deployment.worker("worker 0").brake(), deployment.worker("worker 1").brake()]
     deployment.started(*workers)
-    customers = [Customer(number, apis, random.Random(rng.random())) for number in range(NUM_CUSTOMERS)]
+    *customers, suicide = [
+        Customer(number, apis, random.Random(rng.random())) for number in range(NUM_CUSTOMERS + 1)
+    ]
     enough = threading.Event()
     shopping = [deployment.background.submit(customer.shop, enough) for customer in customers]
 
@@ -138,38 +77,66 @@ def test_storm_of_kills_loses_no_job_and_shows_none_twice(
         poll(lambda: num_ended() >= count, timeout_s=PATIENCE_S)
 
     try:
-        victims = ["worker", "api", "redis"] * KILLS_OF_EACH[size]
-        rng.shuffle(victims)
-        for victim in victims:
-            if rng.random() < 2 / 3:
-                wait_for_ended(num_ended() + JOBS_BETWEEN_KILLS)
-            if victim == "redis":
-                deployment.redis.kill()
-                deployment.redis.start()
-            else:
-                process: Process = rng.choice([*workers] if victim == "worker" else [*apis])
-                process.kill()
-                process.start()
-        wait_for_ended(NUM_JOBS[size])
+        # Memory is short before anything has ended: nobody is told "come again" and forgotten.
+        poll(lambda: len(deployment.job_ids()) == NUM_CUSTOMERS)
+        deployment.fill_memory()
+        refused = apis[0].post("too much", wait_s=0)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        deployment.free_memory()
+        for worker in workers:
+            worker.release()
+
+        with Storm(deployment, apis, workers, rng) as storm:
+            poisoning = deployment.background.submit(buy_poison, suicide)
+            storm.rage(
+                kills=KILLS_OF_EACH[size],
+                freezes=FREEZES_OF_EACH[size],
+                calm=lambda: wait_for_ended(num_ended() + JOBS_BETWEEN_BLOWS[size]),
+            )
+            wait_for_ended(NUM_JOBS[size])
+            poison = poisoning.result()
+            enough.set()
+            for one in shopping:
+                one.result()
     finally:
         enough.set()
-    for one in shopping:
-        one.result()
 
-    orders = {key: job_id for customer in customers for key, job_id in customer.orders.items()}
+    assert (poison["status"], poison["error"]["code"]) == ("failed", "poison")
+    assert 1 <= storm.num_deaths <= 3
+    orders = {key: job_id for customer in [*customers, suicide] for key, job_id in customer.orders.items()}
     answers = {job_id: job for customer in customers for job_id, job in customer.answers.items()}
-    assert len(orders) == len(answers) >= NUM_JOBS[size]
+    assert len(orders) == len(answers) + 1 >= NUM_JOBS[size] + 1
     assert set(orders.values()) == set(deployment.job_ids())  # no order made two jobs, and no job was lost
-    failed = {job_id: job["error"]["code"] for job_id, job in answers.items() if job["status"] == "failed"}
-    assert set(failed.values()) <= {"poison"}
-    assert {deployment.attempts(job_id) for job_id in failed} <= {3}
-    print(f"{len(answers)} jobs, {len(failed)} of them in three dying workers")  # noqa: T201 - as above
-    again = Customer(0, apis, rng)
-    assert {job_id: again.final_answer(job_id) for job_id in answers} == answers
-    assert {key: again.order(key) for key in orders} == orders
+    assert {job["status"] for job in answers.values()} == {"completed"}  # an innocent one is never convicted
+
+    for customer in [*customers, suicide]:
+        assert {job_id: customer.final_answer(job_id) for job_id in customer.answers} == customer.answers
+        assert {key: customer.order(key) for key in customer.orders} == customer.orders
+    pictures = {
+        (job_id, index): customer.picture(job_id, index)
+        for customer in customers
+        for key, job_id in customer.orders.items()
+        for index in range(customer.bodies[key]["n"])
+    }
+    assert pictures == {shown: customers[0].picture(*shown) for shown in pictures}
 
     accepted = tmp_path / "accepted"
-    accepted.write_text("".join(f"{job_id}\n" for job_id in answers))
-    counts = audited(deployment, accepted)["counts"]
-    assert (counts["accepted"], counts["lost"]) == (len(answers), 0)
-    assert counts["done"] + counts["failed"] == len(answers)
+    accepted.write_text("".join(f"{job_id}\n" for job_id in orders.values()))
+    report = audited(deployment, accepted)
+    counts = report["counts"]
+    assert (counts["accepted"], counts["lost"], counts["failed"]) == (len(orders), 0, 1)
+    assert counts["done"] == len(answers)
+    named = {leftover["object"] for leftover in report["leftovers"]}
+    assert set(deployment.files()) - deployment.shown_files() == named
+
+    for api in apis:
+        poll(api.ready, timeout_s=PATIENCE_S)
+        assert api.post("after the storm").status_code == 200
+    waits_s = sorted(wait_s for customer in customers for wait_s in customer.waits_s)
+    median_s = statistics.median(waits_s)
+    print(  # noqa: T201 - as above
+        f"{len(answers)} jobs, {len(pictures)} pictures, {len(named)} leftovers; "
+        f"answered after {median_s:.2f} s (median), {waits_s[-1]:.1f} s at most"
+    )
+    if size == "full":
+        assert median_s <= MEDIAN_WAIT_S

@@ -85,12 +85,6 @@ def test_flushed_redis_is_served_on_by_the_same_processes(deployment: Deployment
     poll(lambda: len(deployment.files()) == 1)  # nobody's picture is removed
 
 
-def fill(deployment: Deployment) -> None:
-    """Leave Redis no memory for anything that is not allowed to go beyond it."""
-    deployment.client.set("filler", "x" * 4_000_000)
-    deployment.client.config_set("maxmemory", 3_000_000)
-
-
 def test_full_redis_refuses_new_jobs_finishes_those_it_has_and_then_takes_new_ones(
     deployment: Deployment,
 ) -> None:
@@ -101,7 +95,7 @@ def test_full_redis_refuses_new_jobs_finishes_those_it_has_and_then_takes_new_on
     poll(lambda: first.batches)
     queued = api.accept("queued")
 
-    fill(deployment)
+    deployment.fill_memory()
     refused = api.post("too much", wait_s=0)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
     assert int(refused.headers["retry-after"]) > 0
@@ -110,7 +104,7 @@ def test_full_redis_refuses_new_jobs_finishes_those_it_has_and_then_takes_new_on
     first.release()
     assert [api.ended(job_id)["status"] for job_id in (running, queued)] == ["completed"] * 2
 
-    deployment.client.delete("filler")
+    deployment.free_memory()
     assert api.post("accepted").status_code == 200
 
 
@@ -120,7 +114,7 @@ def test_full_redis_still_ends_jobs_past_their_deadline(deployment: Deployment) 
     waiting = deployment.background.submit(api.post, "late")
     poll(deployment.job_ids)
 
-    fill(deployment)
+    deployment.fill_memory()
 
     answer = waiting.result()
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
@@ -128,10 +122,10 @@ def test_full_redis_still_ends_jobs_past_their_deadline(deployment: Deployment) 
 
 def test_first_worker_ever_announces_its_model_once_a_full_redis_has_room(deployment: Deployment) -> None:
     api = deployment.api()
-    fill(deployment)
+    deployment.fill_memory()
     deployment.started(deployment.worker())
     assert api.post("who would draw it?", wait_s=0).status_code == 503
-    deployment.client.delete("filler")
+    deployment.free_memory()
     poll(api.ready, timeout_s=PATIENCE_S)
     assert api.post("a cube").status_code == 200
 
