@@ -7,6 +7,7 @@ answer is a line with the exit status, or `NO_END`. Of the project it imports no
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -25,6 +26,7 @@ SLOW = ("torch", "peft", "diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha
 
 def main() -> None:
     """Serve until stdin ends."""
+    die_with_parent()
     for name in SLOW:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -33,9 +35,16 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             os.setsid()
+            die_with_parent()
             sys.exit(run(arguments, words))
         sys.stdout.write(f"{status(child)}\n")
         sys.stdout.flush()
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run(arguments: Sequence[str], words: str) -> int:
