@@ -748,7 +748,7 @@ MUTANTS = (
         "a picture that shows half of what was asked counts",
         "engines/distill/evaluator.py",
         "right = [asked.shown_by(seen)",
-        "right = [bool(asked.objects and seen.objects)",
+        "right = [asked.num_objects == seen.num_objects",
         VERDICT,
     ),
     Mutant(
