@@ -5,14 +5,16 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 TDM = "engines/distill/tdm.py"
-OBJECTIVE = "tests/engines/test_tdm.py"
-TRAINER = "tests/engines/test_trainer.py"
+# each without what takes long and adds nothing: a mutant costs the import of torch and these seconds
+OBJECTIVE = "tests/engines/test_tdm.py -k not mixture and not marginals and not picture"
+MARGINALS = "tests/engines/test_tdm.py -k marginals"
+TRAINER = "tests/engines/test_trainer.py -k not killed"
 ROLES = "tests/engines/test_roles.py"
 METHODS = "tests/engines/test_distill_methods.py"
 SAMPLES = "tests/engines/test_samples.py"
 STOP = "tests/engines/test_early_stop.py"
-VERDICT = "tests/engines/test_gate.py"
-OWN = "tests/engines/test_gate_own.py"
+VERDICT = "tests/engines/test_gate.py -k not gate_measures and not stopped_gate and not command"
+OWN = "tests/engines/test_gate_own.py -k has_to_stay or without_the_rows or reference_is"
 FAMILIES = "tests/engines/test_distill_families.py -k painter"
 PARITY = (
     "tests/engines/test_compile.py -k parity_of or stage_that_disagrees or agreement or pixel "
@@ -34,7 +36,7 @@ MUTANTS = (
         "return Query(a * at.landing + b * noise, tau, noise, a, b)",
         "alpha, sigma = schedule.at(tau, at.landing.ndim)\n"
         "    return Query(alpha * at.x0.detach() + sigma * noise, tau, noise, a, b)",
-        OBJECTIVE,
+        MARGINALS,
     ),
     Mutant(
         "the kernel counts the noise in x_s twice",
@@ -142,7 +144,7 @@ MUTANTS = (
         TDM,
         "latents[rows] = ddim_step(x0, eps, student.schedule, to)",
         "latents[rows] = x0",
-        OBJECTIVE,
+        MARGINALS,
     ),
     Mutant(
         "only first steps are trained",

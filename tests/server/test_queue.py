@@ -133,6 +133,17 @@ async def test_tenant_cap_counts_running_jobs_and_no_other_tenant(
     await queue.close()
 
 
+async def test_tenant_cap_does_not_count_jobs_whose_deadline_has_passed(
+    redis_url: str, new: NewJob, clock: Clock
+) -> None:
+    queue = JobQueue(redis_url, max_live_per_tenant=1, clock=clock)
+    await queue.enqueue(new(deadline_s=1))
+    assert (await queue.enqueue(new())).status is EnqueueStatus.TENANT_FULL
+    clock.now_ms += 1000  # no sweep has ended it yet
+    assert (await queue.enqueue(new())).status is EnqueueStatus.OK
+    await queue.close()
+
+
 @pytest.mark.parametrize("maxmemory", ["nearly", "over"])
 async def test_full_redis_refuses_new_jobs_and_finishes_the_old(
     queue: JobQueue,
@@ -628,6 +639,7 @@ async def test_queued_job_is_cancelled_at_once_and_never_starts(
         assert cancelled is not None
         assert cancelled.error is not None
         assert (cancelled.status, cancelled.error.code) == (JobStatus.CANCELLED, "cancelled")
+    assert (await queue.stats(MODEL)).total_waiting == 20
     assert dropped(worker, lease) == "lost"
     started = []
     while leases := worker.read(1):
@@ -737,6 +749,20 @@ async def test_worker_that_left_in_order_is_gone_at_once(
 ) -> None:
     make_worker("w1").leave()
     assert (await queue.stats(MODEL)).workers == ()
+
+
+async def test_worker_that_leaves_a_lease_behind_does_not_take_the_job_along(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    leaving, worker = make_worker("w1"), make_worker("w2")
+    start_one(leaving, lease_one(leaving))
+    leaving.leave()
+    assert [info.id for info in (await queue.stats(MODEL)).workers] == ["w2"]
+    let_leases_lapse(client)
+    (lease,) = worker.reclaim(8, lease_ms=20_000)
+    assert (start_one(worker, lease).id, lease.job_id) == (job.id, job.id)
 
 
 async def test_models_stay_known_without_their_workers(
