@@ -35,15 +35,9 @@ from tests.mutants.warm import NO_END
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 OPTIONS = [
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:xdist",
-    "-q",
-    "-x",
-    "-W",
-    "ignore::pytest.PytestAssertRewriteWarning",
-]
+    "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-x", "-W", "ignore::pytest.PytestAssertRewriteWarning",
+    "--hypothesis-profile=ci",  # the same examples every time, and no deadlines: a slow machine catches none
+]  # fmt: skip
 
 
 class Fate(enum.Enum):

@@ -7,7 +7,7 @@ from tests.mutants.mutant import Mutant
 TDM = "engines/distill/tdm.py"
 # each without what takes long and adds nothing: a mutant costs the import of torch and these seconds
 OBJECTIVE = "tests/engines/test_tdm.py -k not mixture and not marginals and not picture"
-MARGINALS = "tests/engines/test_tdm.py -k marginals"
+MARGINALS = "tests/engines/test_tdm.py -k training_moves and v_prediction"
 TRAINER = "tests/engines/test_trainer.py -k not killed"
 ROLES = "tests/engines/test_roles.py"
 METHODS = "tests/engines/test_distill_methods.py"

@@ -36,8 +36,8 @@ def main() -> None:
         if child == 0:
             os.setsid()
             die_with_parent()
-            sys.exit(run(arguments, words))
-        sys.stdout.write(f"{status(child)}\n")
+            os._exit(run(arguments, words))  # nothing is left to be tidied up but memory
+        sys.stdout.write(f"{wait_for(child)}\n")
         sys.stdout.flush()
 
 
@@ -53,10 +53,12 @@ def run(arguments: Sequence[str], words: str) -> int:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (out, 1), (out, 2)):
         os.dup2(source, target)
-    return int(pytest.main(list(arguments)))
+    status = int(pytest.main(list(arguments)))
+    sys.stdout.flush()
+    return status
 
 
-def status(child: int) -> int:
+def wait_for(child: int) -> int:
     """Wait for a child, and kill it with all that it started if that takes too long."""
     ends = time.monotonic() + LIMIT_S
     code = None
