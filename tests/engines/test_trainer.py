@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -438,17 +439,21 @@ def test_fake_score_sees_the_student_as_often_as_asked_before_the_student_learns
     fake_updates: int, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(config_of(teacher, tmp_path / "out", fake_updates=fake_updates))
-    updated: list[str] = []
+    happened: list[str] = []
+
+    def told(word: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def telling(*args: Any, **kwargs: Any) -> Any:
+            happened.append(word)
+            return call(*args, **kwargs)
+
+        return telling
+
     for name, optimizer in trainer.state.optimizers.items():
-        step = optimizer.step
-
-        def recording(name: str = name, step: Any = step) -> None:
-            updated.append(name)
-            step()
-
-        monkeypatch.setattr(optimizer, "step", recording)
+        monkeypatch.setattr(optimizer, "step", told(f"{name} learns", optimizer.step))
+        monkeypatch.setattr(tdm, f"{name}_loss", told(f"{name} asked", getattr(tdm, f"{name}_loss")))
     run(trainer, 2)
-    assert updated == [*["fake_score"] * fake_updates, "student"] * 2
+    fake, student = ([f"{name} asked", f"{name} learns"] for name in ("fake_score", "student"))
+    assert happened == [*fake * fake_updates, *student] * 2
 
 
 def test_pulled_fake_score_meets_the_student(teacher: Path, tmp_path: Path) -> None:

@@ -562,7 +562,7 @@ MUTANTS = (
         ROLES,
     ),
     Mutant(
-        "the first learner's seed starts all adapters at zero",
+        "adapters change the network before they have learned",
         "engines/distill/roles.py",
         "init_lora_weights=True",
         "init_lora_weights=False",
@@ -631,7 +631,7 @@ MUTANTS = (
         "engines/distill/early_stop.py",
         "PROMPT_SEED = 30_000",
         "PROMPT_SEED = 0",
-        STOP,
+        VERDICT,
     ),
     Mutant(
         "an early stop looks at the default K, whatever it was told",
