@@ -255,6 +255,14 @@ def test_repeated_prompts_are_encoded_once(eager: Pipeline, monkeypatch: pytest.
     assert batches == [3, 1]
 
 
+def test_prompts_that_are_encoded_together_keep_their_rows(eager_bundle: Path) -> None:
+    together, alone = (Pipeline.load(eager_bundle, backend="eager") for _ in range(2))  # nothing cached
+    told = together.prepare(MIXED).cond
+    for row, wanted in enumerate(MIXED):
+        for name, tensor in alone.prepare([wanted]).cond.items():
+            torch.testing.assert_close(told[name][row], tensor[0], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
