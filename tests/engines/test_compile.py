@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 import shutil
 import signal
@@ -30,7 +31,7 @@ from engines.compile.build import build_bundle, num_pieces
 from engines.compile.export import example_inputs, export_stage
 from engines.compile.measure import MAX_CALLS, MIN_CALLS, median_ms
 from engines.compile.needed import EAGER_ASKED_FOR, NO_COMPILER, buckets_of, reason_to_build
-from engines.compile.parity import check_parity, compare
+from engines.compile.parity import MIN_COSINE, check_parity, compare, worst
 from engines.compile.precision import choose_dtype
 from engines.compile.progress import BuildProgress
 from engines.compile.verify import verify_bundle
@@ -529,6 +530,66 @@ def test_agreement_is_that_of_the_worst_row() -> None:
     reference = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     candidate = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert compare(reference, candidate).cosine == pytest.approx(0.0)
+    larger = torch.tensor([[1.0, 0.0], [1.5, 0.0]])
+    assert compare(reference, larger).scale_error == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize(
+    ("factor", "message"),
+    [(-1.0, "cosine -1.00000"), (float("nan"), "not finite"), (1.5, "50 % too large or too small")],
+)
+def test_agreement_is_that_of_the_worst_output(bad: int, factor: float, message: str) -> None:
+    output = doubling_spec().outputs[0]
+    spec = doubling_spec().model_copy(update={"outputs": (output, output)})
+
+    class Pair(nn.Module):
+        def __init__(self, factors: tuple[float, float]) -> None:
+            super().__init__()
+            self.factors = factors
+
+        def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+            return latents * self.factors[0], latents * self.factors[1]
+
+    def stage(*factors: float) -> Stage:
+        return Stage(spec, [EagerEngine(Pair((factors[0], factors[1])), 4)], 4)
+
+    assert check_parity(spec, stage(1.0, 1.0), stage(1.0, 1.0), 2, "aotinductor").finite
+    factors = (factor, 1.0) if bad == 0 else (1.0, factor)
+    with pytest.raises(ParityError, match=message):
+        check_parity(spec, stage(1.0, 1.0), stage(*factors), 2, "aotinductor")
+
+
+def test_worst_pixel_of_all_outputs_counts() -> None:
+    near, far = (compare(torch.zeros(1, 2), torch.full((1, 2), by)) for by in (1.0, 3.0))
+    assert worst([near, far]).max_abs == worst([far, near]).max_abs == 3.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cosine"), [("float32", 0.998), ("bfloat16", 0.998), ("float16", 0.998), ("float8", 0.98)]
+)
+def test_every_precision_has_to_keep_the_direction(dtype: str, cosine: float) -> None:
+    spec = doubling_spec().model_copy(update={"compute_dtype": dtype})
+
+    class Turned(nn.Module):
+        """Each pair of numbers by an angle, which keeps the scale of none."""
+
+        def __init__(self, cosine: float) -> None:
+            super().__init__()
+            self.cosine, self.sine = cosine, math.sqrt(1 - cosine**2)
+
+        def forward(self, latents: Tensor) -> Tensor:
+            first, second = latents.unflatten(1, (2, 2)).unbind(1)
+            turned = (self.cosine * first - self.sine * second, self.cosine * second + self.sine * first)
+            return torch.cat(turned, dim=1) / self.cosine
+
+    def turned(cosine: float) -> Stage:
+        return Stage(spec, [EagerEngine(Turned(cosine), 4)], 4)
+
+    near = 1 - (1 - MIN_COSINE[spec.compute_dtype]) / 2
+    assert check_parity(spec, scaled_stage(1.0), turned(near), 2, "aotinductor").cosine == pytest.approx(near)
+    with pytest.raises(ParityError, match=rf"cosine {cosine:.5f} is below .*{dtype} must reach"):
+        check_parity(spec, scaled_stage(1.0), turned(cosine), 2, "aotinductor")
 
 
 def test_pixels_may_differ_by_two() -> None:

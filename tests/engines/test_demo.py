@@ -1,6 +1,9 @@
 """The demo's scenes, text, code and training loop."""
 
 import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +13,30 @@ from torch import nn
 from engines.demo.codec import PatchCode, make_vae
 from engines.demo.dataset import SHARD_SIZE, SceneSet
 from engines.demo.fit import FitConfig, fit
-from engines.demo.judge import to_input
-from engines.demo.scenes import HELD_OUT_PAIRS, SHAPES, Scene, Solid, render, sample_captions, sample_scenes
+from engines.demo.judge import Judge, to_input
+from engines.demo.scenes import (
+    COLOURS,
+    GROUNDS,
+    HELD_OUT_PAIRS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    SKIES,
+    Scene,
+    Solid,
+    render,
+    sample_captions,
+    sample_scenes,
+)
 from engines.demo.text import MAX_TOKENS, make_text_encoder, make_tokenizer, tokenize
+from engines.distill.config import read_config
+from engines.distill.pictures import Painter
 from engines.errors import TrainingError
+from engines.families.student import read_student
+
+CHECKPOINTS = Path(__file__).parents[2] / "engines" / "demo" / "checkpoints"
+CONFIGS = Path(__file__).parents[2] / "engines" / "distill" / "configs"
 
 
 def test_same_seed_draws_the_same_pictures_whatever_the_chunk() -> None:
@@ -157,3 +180,51 @@ def test_loss_that_is_not_finite_stops_training_and_says_where(tmp_path) -> None
             FitConfig(num_steps=2, learning_rate=1e-2),
             tmp_path,
         )
+
+
+# What the shipped student offers
+
+
+def scene_said_by(caption: str) -> Scene:
+    """What a caption asks for, in the words that the tokenizer makes of it."""
+    tokenizer = make_tokenizer()
+    words = tokenizer.convert_ids_to_tokens(tokenizer(caption)["input_ids"])[:-1]
+    text = " ".join(words)
+    assert "<unk>" not in words
+
+    def named(known: Iterable[str], part: str) -> str | None:
+        return next((word for word in known if word in part.split()), None)
+
+    relation = next((one for one in RELATIONS if one in text), None)
+    solids = []
+    for part in text.split(relation) if relation else [text]:
+        shape, colour = named(SHAPES, part), named(COLOURS, part)
+        assert shape is not None
+        assert colour is not None
+        solids.append(Solid(shape, colour, named(SIZES, part)))
+    return Scene(tuple(solids), relation or named(POSITIONS, text), named(GROUNDS, text), named(SKIES, text))
+
+
+def test_words_of_a_caption_are_what_it_asks_for() -> None:
+    scenes = sample_scenes(100, 0)
+    partly = [scene.partly_said(np.random.default_rng(row)) for row, scene in enumerate(scenes)]
+    assert [scene_said_by(scene.caption()) for scene in scenes + partly] == scenes + partly
+
+
+def test_shipped_student_draws_each_prompt_that_it_offers_nine_times_out_of_ten() -> None:
+    """50 seeds each, at its default steps, read by the judge: what users are offered has to work."""
+    student = read_student(CHECKPOINTS / "scenes-student")
+    examples = json.loads((CHECKPOINTS / "scenes-student" / "student.json").read_text())["examples"]
+    painter, judge = Painter(CHECKPOINTS / "scenes-student"), Judge.load(CHECKPOINTS / "judge.safetensors")
+    right = {}
+    for example in examples:
+        pictures = painter([example] * 50, range(50), num_steps=student.default_num_steps)
+        asked = scene_said_by(example)
+        right[example] = sum(asked.shown_by(seen) for seen in judge.read(pictures)) / 50
+    assert len(right) >= 6
+    assert {example: share for example, share in right.items() if share < 0.9} == {}
+
+
+def test_prompts_offered_are_those_of_the_config_that_trains_the_student() -> None:
+    offered = json.loads((CHECKPOINTS / "scenes-student" / "student.json").read_text())["examples"]
+    assert tuple(offered) == read_config(CONFIGS / "scenes.yaml").examples

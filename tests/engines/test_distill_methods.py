@@ -134,6 +134,25 @@ def test_the_end_of_the_teachers_trajectory_is_the_consistent_function(loss: Any
     assert found["EndOfTrajectory"] < 0.1 * found["GaussianTeacher"]
 
 
+@pytest.mark.parametrize("loss", ["huber", "l2"])
+def test_consistency_loss_is_the_distance_of_both_ends(loss: Any) -> None:
+    """Of a target that answers each end with its timestep, so that it is seen which one it was asked for."""
+
+    class Clock(Learner):
+        def forward(self, latents: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+            return torch.ones_like(latents) * timesteps.view(-1, 1, 1, 1) / 1000
+
+    objective = ConsistencyObjective(loss=loss, huber_c=0.1, skip=200)
+    latents, start = torch.zeros(3, 4, 2, 2), torch.tensor([999, 799, 599])
+    points, cond, uncond = (latents, start, start - 200), conditioning(3), conditioning(1)
+    rows, distance = lcm.consistency_loss(
+        Clock(), Clock(), GaussianTeacher(), points, cond, uncond, 1.0, objective
+    )
+    torch.testing.assert_close(distance, torch.full((3,), 0.2))
+    wanted = 0.04 if loss == "l2" else (0.04 + 0.01) ** 0.5 - 0.1
+    torch.testing.assert_close(rows, torch.full((3,), wanted))
+
+
 def test_only_the_student_gets_a_gradient() -> None:
     student, target = Learner(), Learner()
     rows, distance = lcm.consistency_loss(
@@ -223,6 +242,32 @@ def test_target_is_the_average_and_neither_it_nor_the_teacher_learns(
         assert value.data_ptr() == state.average[key].data_ptr()
         assert value.grad is None
     assert not state.average[STEPS_EMBEDDING_KEY].any()
+
+
+def test_consistency_asks_the_guided_teacher_and_the_average(
+    teacher: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    loss = lcm.consistency_loss
+
+    def recording(student: Any, target: Any, teacher: Any, noised: Any, *rest: Any) -> Any:
+        asked.append((student, target, teacher, rest[2], rest[3]))
+        return loss(student, target, teacher, noised, *rest)
+
+    monkeypatch.setattr(lcm, "consistency_loss", recording)
+    trainer = trainer_of(
+        teacher,
+        tmp_path / "out",
+        method="lcm",
+        latents=str(latents),
+        objective={"guidance_scale": 2.5},
+        consistency={"skip": 50},
+    )
+    run(trainer, 1)
+    roles = trainer.roles
+    assert asked == [
+        (roles.student, roles.fake_score, roles.teacher, 2.5, ConsistencyObjective(skip=50)),
+    ]
 
 
 def test_interrupted_consistency_distillation_resumes_with_the_same_numbers(

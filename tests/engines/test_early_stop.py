@@ -14,10 +14,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from engines.denoiser import Conditioning
 from engines.distill.checkpoint import TrainingState
 from engines.distill.config import DistillConfig
 from engines.distill.distributed import World
-from engines.distill.early_stop import EarlyStop
+from engines.distill.early_stop import EarlyStop, Examiner
+from engines.distill.studio import Studio
 from engines.distill.trainer import distill
 from engines.errors import CheckpointError, ConfigError
 from tests.engines.test_trainer import config_of, quiet, student_weights, trainer_of
@@ -185,6 +187,37 @@ def test_scenes_are_read_by_their_judge(metric: str, teacher: Path, tmp_path: Pa
     assert evaluation["iteration"] == 1
     # random pictures show next to nothing of what was asked, and are nothing like renders
     assert evaluation["value"] < 50 if metric == "accuracy" else evaluation["value"] > 50
+
+
+def test_own_student_is_measured_at_its_steps_against_the_guided_teacher_of_this_run(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    students, teachers = Studio.student, Studio.teacher
+
+    def student(studio: Studio, cond: Conditioning, seeds: list[int], num_steps: int) -> Tensor:
+        asked.append(("student", num_steps))
+        return students(studio, cond, seeds, num_steps)
+
+    def guided(studio: Studio, cond: Conditioning, seeds: list[int], num_steps: int, scale: float) -> Tensor:
+        asked.append(("teacher", num_steps, scale))
+        return teachers(studio, cond, seeds, num_steps, scale)
+
+    monkeypatch.setattr(Studio, "student", student)
+    monkeypatch.setattr(Studio, "teacher", guided)
+
+    def measure(scale: float) -> float:
+        settings = {"early_stop": {**OWN, "num_steps": 1}, "objective": {"guidance_scale": scale}}
+        trainer = trainer_of(config_of(teacher, tmp_path / "out", **settings))
+        assert trainer.early_stop is not None
+        return Examiner(trainer.studio, trainer.bank, trainer.config, trainer.device).measure()
+
+    first = measure(3.0)
+    assert measure(3.0) == first  # the teacher's pictures are kept
+    measure(2.0)  # but not for another teacher
+    assert asked == [
+        ("student", 1), ("teacher", 2, 3.0), ("student", 1), ("student", 1), ("teacher", 2, 2.0),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

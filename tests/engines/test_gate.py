@@ -1,6 +1,7 @@
 import argparse
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from torch import Tensor
 from engines.demo.judge import Judge
 from engines.distill.cli import add_gate_parser
 from engines.distill.domains import DEMOS, complete, image_counts
+from engines.distill.early_stop import PROMPT_SEED
 from engines.distill.evaluator import (
+    COPIES,
+    REFERENCE_SEED,
     Evaluator,
     GateConfig,
     noise_seeds,
@@ -24,10 +28,20 @@ from engines.distill.evaluator import (
     read_accuracy,
 )
 from engines.distill.frechet import Reference, frechet_distance
-from engines.distill.gate import SHEET_SEED, Gate, Measurements, make_rows
+from engines.distill.gate import SHEET_SEED, Gate, Measurements, identities, make_rows
 from engines.distill.report import contact_sheet, markdown
-from engines.distill.verdict import Cost, Measurement, Row, Summary, check, make_report, record_verdict
+from engines.distill.verdict import (
+    Cost,
+    Measurement,
+    Row,
+    Summary,
+    check,
+    difference,
+    make_report,
+    record_verdict,
+)
 from engines.errors import CheckpointError, ConfigError
+from engines.families.pixart import load_transformer
 from engines.families.student import read_student
 from engines.noise import seeded_latents
 from tests.engines.tiny import make_tiny_checkpoint
@@ -164,6 +178,70 @@ def test_paired_distance_is_none_for_the_same_and_a_hundred_for_strangers() -> N
     assert paired_distance(features + 0.1 * others, features) < 15.0
 
 
+class Painted(Evaluator):
+    """Has no networks: keeps what it is asked to sample, and makes grey pictures."""
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__(config)
+        self.asked: list[tuple[str, int, float]] = []
+        self.seeds: list[list[int]] = []
+        self.captions: list[list[str]] = []
+
+    def painter(self, source: Any) -> Any:
+        def paint(captions: list[str], seeds: list[int], *, num_steps: int, guidance_scale: float) -> Tensor:
+            self.asked.append((source, num_steps, guidance_scale))
+            self.captions.append(captions)
+            self.seeds.append(seeds)
+            return torch.full((len(captions), 8, 8, 3), 128, dtype=torch.uint8)
+
+        return paint
+
+
+def test_every_row_samples_as_it_says_from_the_same_noise(
+    directories: dict[str, Path], tmp_path: Path
+) -> None:
+    config = gate_config(directories, tmp_path, steps=(4, 1), teacher_steps=(8, 2), guidance_scale=2.5)
+    evaluator, prompts = Painted(config), DEMOS["image"].prompts(3, 10)
+    rows = [row for row in make_rows(config) if row.source in ("teacher", "student")]
+    for row in rows:
+        assert evaluator.paint(row, prompts).shape == (10, 8, 8, 3)
+    assert evaluator.asked == [
+        ("teacher", 8, 2.5), ("teacher", 8, 1.0), ("teacher", 2, 2.5), ("teacher", 2, 1.0),
+        ("student", 4, 1.0), ("student", 1, 1.0),
+    ]  # fmt: skip
+    assert evaluator.captions == [prompts.captions] * len(rows)
+    assert evaluator.seeds == [noise_seeds(3, 10)] * len(rows)
+
+
+def test_copies_of_a_prompt_start_from_noise_that_nothing_else_started_from(
+    directories: dict[str, Path], tmp_path: Path
+) -> None:
+    config = gate_config(directories, tmp_path)
+    evaluator, prompts, row = Painted(config), DEMOS["image"].prompts(3, 10), make_rows(config)[-1]
+    evaluator.paint(row, prompts)
+    evaluator.paint_again(row, prompts)
+    assert evaluator.captions[1] == [caption for caption in prompts.captions for _ in range(COPIES)]
+    assert len({*evaluator.seeds[0], *evaluator.seeds[1]}) == 10 + 10 * COPIES
+    assert max(evaluator.seeds[1]) < min(noise_seeds(4, 10))
+
+
+@pytest.mark.parametrize("source", ["teacher", "student"])
+def test_teacher_and_student_are_drawn_by_their_own_networks(
+    source: Any, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    other = make_tiny_checkpoint(tmp_path / "student", seed=5)
+    evaluator = Evaluator(gate_config({**directories, "student": other}, tmp_path))
+    network = evaluator.painter(source).denoiser.network
+    expected = load_transformer(other if source == "student" else directories["teacher"]).state_dict()
+    assert network.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items())
+
+
+def test_judged_prompts_are_not_those_that_pictures_are_compared_with_or_students_chosen_by() -> None:
+    seeds = [*range(100), REFERENCE_SEED, SHEET_SEED, PROMPT_SEED]
+    assert len(set(seeds)) == len(seeds)
+
+
 # Verdict
 
 
@@ -215,6 +293,35 @@ def test_student_fails_what_it_does_not_reach(
     ]
     assert len(failed) == len(failing)
     assert all(part in text for part, text in zip(failing, failed, strict=True))
+
+
+@pytest.mark.parametrize("rival", ["teacher_4", "teacher_2_cfg"])
+def test_student_that_is_only_as_good_as_its_teacher_at_equal_cost_fails(rival: str) -> None:
+    rows = {**GOOD, rival: (80.0, 65.0, 3.0)}
+    failed = [criterion.text for criterion in check(summaries(**rows), 4, 50, KIND) if not criterion.passed]
+    assert len(failed) == 2
+    assert f"more often than {rival}: 65.0 against 65.0" in failed[0]
+    assert f"than {rival}: Fréchet distance 3.00 against 3.00" in failed[1]
+
+
+def test_odd_number_of_steps_has_only_the_unguided_rival() -> None:
+    rows = {"teacher_50_cfg": GOOD["teacher_50_cfg"], "teacher_1": GOOD["teacher_4"]}
+    criteria = check(summaries(**rows, student_1=GOOD["student_4"]), 1, 50, KIND)
+    assert [criterion.passed for criterion in criteria] == [True] * 3
+
+
+def test_difference_is_what_the_row_has_more_and_how_sure_that_is() -> None:
+    def measured(values: list[tuple[float, float, float]]) -> list[Measurement]:
+        return [Measurement({"all": one}, two, scores={"clip": three}) for one, two, three in values]
+
+    ours = measured([(80.0, 5.0, 31.0), (82.0, 6.0, 31.5), (84.0, 4.0, 32.0)])
+    theirs = measured([(85.0, 2.0, 30.0), (86.0, 2.0, 30.0), (87.0, 2.0, 30.0)])
+    row = Row("student-4", "student, 4 steps", "student", 4)
+    found = difference(row, ours, "teacher-50-cfg", theirs)
+    for name, each in (("accuracy", [-5, -4, -3]), ("frechet", [3, 4, 2]), ("clip", [1, 1.5, 2])):
+        error = np.std(each, ddof=1) / np.sqrt(3)
+        assert found[name] == pytest.approx({"mean": np.mean(each), "standard_error": error})
+    assert difference(row, ours[:1], "x", theirs[:1])["frechet"] == {"mean": 3.0, "standard_error": None}
 
 
 def test_rows_that_were_not_measured_fail() -> None:
@@ -409,6 +516,20 @@ def test_another_student_is_measured_anew_but_its_teacher_is_not(
     changed = Gate(gate_config({**directories, "student": other}, tmp_path), quiet()).measurements
     assert changed.get(row_of["student"], 0) is None
     assert changed.get(row_of["teacher"], 0) is not None
+
+
+def test_other_timesteps_or_guidance_are_measured_anew(directories: dict[str, Path], tmp_path: Path) -> None:
+    config = gate_config(directories, tmp_path)
+    before = identities(config)
+    guided = identities(replace(config, guidance_scale=3.0))
+    assert {source for source in before if guided[source] != before[source]} == {"teacher"}
+    student = tmp_path / "student"
+    shutil.copytree(directories["student"], student)
+    description = json.loads((student / "student.json").read_text())
+    description["timesteps"]["4"] = [999, 856, 665, 399]
+    (student / "student.json").write_text(json.dumps(description))
+    visited = identities(replace(config, student=student))
+    assert {source for source in before if visited[source] != before[source]} == {"student"}
 
 
 def test_same_noise_starts_every_sampler(directories: dict[str, Path], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 
 from engines.__main__ import main
 from engines.distill.domains import FileDomain
-from engines.distill.evaluator import GateConfig
+from engines.distill.evaluator import Evaluator, GateConfig
 from engines.distill.features import (
     ClipScore,
     NetworkFeatures,
@@ -296,6 +296,23 @@ def test_teachers_pictures_are_made_once(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(again.centre, reference.centre, atol=0, rtol=0)
     assert [part.stat().st_mtime_ns for part in parts][:2] == times[:2]
     assert make_gate(base, tmp_path).measurements.identities != first.measurements.identities
+
+
+def test_reference_is_the_guided_teachers_and_every_picture_has_noise_of_its_own(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int, float]] = []
+    seeds: list[int] = []
+
+    def sample(self: Evaluator, row: Row, captions: list[str], noise: list[int]) -> Tensor:
+        asked.append((row.source, row.num_steps, row.guidance_scale))
+        seeds.extend(noise)
+        return pictures(len(captions), 16, 16)
+
+    monkeypatch.setattr(Evaluator, "_sample", sample)
+    make_gate(base, tmp_path).evaluator.fit_reference()
+    assert asked == [("teacher", 4, 2.0)] * 3
+    assert len(set(seeds)) == len(seeds) == 20
 
 
 def test_settings_that_do_not_go_together_are_refused(base: Path, clip: Path, tmp_path: Path) -> None:

@@ -173,6 +173,35 @@ def test_preview_shows_the_current_estimate_and_changes_nothing(pipeline: Pipeli
     assert difference(final, pipeline.run(MIXED[:1])[0]) <= TOLERANCE
 
 
+def test_preview_is_the_decoded_x0_of_each_step(eager_bundle: Path, eager: Pipeline) -> None:
+    checkpoint = eager_bundle / "checkpoint"
+    config = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
+    seen: list[Tensor] = []
+    with torch.no_grad():
+        sample(
+            NetworkDenoiser(load_transformer(checkpoint), NoiseSchedule.from_config(config), predict),
+            seeded_latents([1], (16, 8, 8)),
+            eager.manifest.timesteps[4],
+            replace(load_encoder(checkpoint)(["a red cube"]), num_steps=torch.tensor([4])),
+            on_step=lambda _, x0: seen.append(x0),
+        )
+        expected = load_decoder(checkpoint)(torch.cat(seen)).numpy()
+    run = eager.prepare([make_sample("a red cube", seed=1)])
+    for pixels in expected:
+        eager.step(run)
+        assert difference(eager.preview(run)[0], pixels) <= TOLERANCE
+
+
+def test_preview_of_what_is_left_is_that_of_its_own_rows(eager: Pipeline) -> None:
+    run = eager.prepare(MIXED)
+    eager.step(run)
+    _, second, third = eager.preview(run)
+    assert difference(second, third) > 50
+    run.drop([0])
+    for picture, before in zip(eager.preview(run), (second, third), strict=True):
+        assert difference(picture, before) <= TOLERANCE
+
+
 def test_time_is_told_by_stage(eager: Pipeline) -> None:
     run = eager.prepare(MIXED)
     assert run.timing_ms["encode"] > 0
@@ -196,8 +225,18 @@ def test_warming_up_runs_every_batch_size_and_leaves_no_prompts_behind(
         return original(self, samples)
 
     monkeypatch.setattr(Pipeline, "prepare", counting)
+    encoded: list[str] = []
+    tokenize = PromptTokenizers.__call__
+
+    def listing(self: PromptTokenizers, prompts: Sequence[str]) -> dict[str, Tensor]:
+        encoded.extend(prompts)
+        return tokenize(self, prompts)
+
     eager.warm_up()
     assert sizes == [4, 2, 1]
+    monkeypatch.setattr(PromptTokenizers, "__call__", listing)
+    original(eager, [make_sample("0")])
+    assert encoded == ["0"]
 
 
 def test_repeated_prompts_are_encoded_once(eager: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,6 +253,14 @@ def test_repeated_prompts_are_encoded_once(eager: Pipeline, monkeypatch: pytest.
     eager.prepare([make_sample("one torus"), make_sample("a ground")])
     eager.prepare([make_sample("two cones")])
     assert batches == [3, 1]
+
+
+def test_prompts_that_are_encoded_together_keep_their_rows(eager_bundle: Path) -> None:
+    together, alone = (Pipeline.load(eager_bundle, backend="eager") for _ in range(2))  # nothing cached
+    told = together.prepare(MIXED).cond
+    for row, wanted in enumerate(MIXED):
+        for name, tensor in alone.prepare([wanted]).cond.items():
+            torch.testing.assert_close(told[name][row], tensor[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,12 @@ class Linear(nn.Module):
         return self.gain * latents + self.shift + self.prompt_shift * prompted
 
 
+def louder(at: StudentStep) -> StudentStep:
+    """The same steps with an eps of five times the strength that noise has."""
+    alpha, sigma = SCHEDULE.at(at.next_timesteps)
+    return replace(at, eps=5 * at.eps, landing=alpha * at.x0.detach() + sigma * 5 * at.eps)
+
+
 def grid(num_steps: Tensor) -> Tensor:
     """Timesteps of the even grids, one row per K in `num_steps`."""
     return tdm.timestep_table({count: student_timesteps(count) for count in (1, 2, 3, 4, 8)})[num_steps]
@@ -237,12 +243,27 @@ def test_jittered_grids_start_at_the_noise_and_keep_falling(seed: int, share: fl
         assert row[count:] == [CLEAN] * (len(row) - count)
 
 
+def test_jittered_timesteps_fill_their_share_of_the_way_to_both_neighbours() -> None:
+    visited = tdm.timestep_table({4: [999, 800, 500, 100]})[torch.full((4000,), 4)]
+    moved = tdm.jitter(visited, torch.full((4000,), 4), 0.4, rng())
+    lowest, highest = (moved[:, 1:4].double().quantile(q, dim=0) for q in (0.01, 0.99))
+    torch.testing.assert_close(lowest, torch.tensor([680.0, 340.0, 60.0]).double(), atol=4.0, rtol=0)
+    torch.testing.assert_close(highest, torch.tensor([880.0, 620.0, 260.0]).double(), atol=4.0, rtol=0)
+
+
 @given(st.integers(0, 2**32))
 def test_random_landings_lie_between_the_grid_points(seed: int) -> None:
     now, to = tdm.step_ends(grid(torch.full((64,), 4)), torch.arange(64) % 4)
     landing = tdm.draw_landing(now, to, rng(seed))
     assert bool((landing >= to).all())
     assert bool((landing < now - 20).all())
+
+
+def test_random_landings_are_spread_evenly() -> None:
+    now, to = torch.full((4000,), 749), torch.full((4000,), 499)
+    landing = tdm.draw_landing(now, to, rng()).double()
+    spread = landing.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double())
+    torch.testing.assert_close(spread, torch.tensor([499, 556.5, 614, 671.5, 728]).double(), atol=6.0, rtol=0)
 
 
 # Fake score
@@ -308,6 +329,44 @@ def test_importance_weight_is_one_when_eps_is_noise() -> None:
     torch.testing.assert_close(weight, torch.ones(batch, 1, 1, 1), atol=0.03, rtol=0)
 
 
+def test_importance_weight_is_the_tempered_ratio_of_the_kernels_from_x0_and_from_the_landing_point() -> None:
+    """exp(-|z|^2 / 2d) of the one, over that of the other."""
+    at = louder(any_student_step()[1])
+    query = tdm.draw_query(at, SCHEDULE, Objective(), rng(6))
+    alpha, sigma = SCHEDULE.at(query.tau)
+    of_x0 = (query.latents - alpha * at.x0.detach()) / sigma
+    of_landing = (query.latents - query.a * at.landing) / query.b
+    d = at.x0[0].numel()
+    wanted = (-of_x0.square().sum((1, 2, 3)) / (2 * d)).exp() / (
+        -of_landing.square().sum((1, 2, 3)) / (2 * d)
+    ).exp()
+    assert wanted.max() / wanted.min() > 1.5
+    found = tdm.importance_weight(at, query, SCHEDULE)
+    torch.testing.assert_close(found, wanted.view(-1, 1, 1, 1), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("target", ["student_x0", "exact"])
+@pytest.mark.parametrize("loss", ["x0", "v"])
+@pytest.mark.parametrize("importance", [False, True])
+def test_fake_scores_loss_is_its_weighted_error_at_the_query(
+    target: tdm.FakeTarget, loss: tdm.FakeLoss, importance: bool
+) -> None:
+    at = louder(any_student_step(batch=32)[1])
+    objective = Objective(fake_target=target, fake_loss=loss, importance_weight=importance)
+    fake_score = Linear(0.2, 0.0)
+    rows = tdm.fake_score_loss(fake_score, at, objective, rng(3))
+    query = tdm.draw_query(at, SCHEDULE, objective, rng(3))
+    error = fake_score(query.latents, query.tau, at.cond) - tdm.fake_target(at, query, SCHEDULE, target)
+    weight = tdm.fake_weight(SCHEDULE, query.tau, loss)
+    if target == "exact":
+        bounds = 10.0 * query.b**2
+        assert bounds.min() < 1.0 < bounds.max()
+        weight = weight * torch.minimum(bounds, torch.ones_like(bounds))
+    elif importance:
+        weight = weight * tdm.importance_weight(at, query, SCHEDULE)
+    torch.testing.assert_close(rows, (weight * error**2).mean(dim=(1, 2, 3)), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("target", ["student_x0", "exact"])
 @pytest.mark.parametrize("loss", ["x0", "v"])
 def test_fake_score_loss_trains_the_fake_score_alone(target: tdm.FakeTarget, loss: tdm.FakeLoss) -> None:
@@ -328,6 +387,37 @@ def test_anchor_adds_the_distance_from_the_teacher() -> None:
     query = tdm.draw_query(at, SCHEDULE, Objective(), rng(3))
     weight = tdm.fake_weight(SCHEDULE, query.tau, "v").flatten()
     torch.testing.assert_close(anchored - plain, 0.1 * 0.25 * weight, atol=1e-4, rtol=1e-3)
+
+
+class Listener(Linear):
+    """Keeps what it was asked: timesteps and step counts of each call."""
+
+    def __init__(self, gain: float, shift: float, prompt_shift: float = 0.0) -> None:
+        super().__init__(gain, shift, prompt_shift)
+        self.taus: list[Tensor] = []
+        self.told: list[Tensor | None] = []
+
+    def forward(self, latents: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        self.taus.append(timesteps)
+        self.told.append(cond.num_steps)
+        return super().forward(latents, timesteps, cond)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "fisher"])
+def test_fake_score_is_told_the_steps_of_each_row_and_the_teacher_is_not(divergence: tdm.Divergence) -> None:
+    """Trajectories of different K overlap: only K tells the fake score which one a point lies on."""
+    _, at = any_student_step(batch=16)
+    assert at.cond.num_steps is not None
+    assert len(at.cond.num_steps.unique()) == 3
+    fake_score, teacher = Listener(0.2, 0.0), Listener(0.2, 0.5)
+    objective = Objective(fake_anchor=0.1, guidance_scale=2.0, divergence=divergence)
+    tdm.fake_score_loss(fake_score, at, objective, rng(3), teacher=teacher)
+    tdm.student_loss(at, teacher, fake_score, UNCOND, objective, rng(3))
+    assert [steps is not None and torch.equal(steps, at.cond.num_steps) for steps in fake_score.told] == [
+        True,
+        True,
+    ]
+    assert teacher.told == [None, None]
 
 
 def test_pulled_fake_score_is_between_itself_and_the_student() -> None:
@@ -366,6 +456,38 @@ def test_decoupled_guidance_adds_what_shared_guidance_adds_where_it_is_the_same_
     query = tdm.draw_query(at, SCHEDULE, objective, rng(3))
     x0 = tdm.teacher_x0(teacher, at, query, UNCOND, objective, rng(4))
     torch.testing.assert_close(x0, 0.2 * query.latents + 0.4 + 3.0)
+
+
+@pytest.mark.parametrize("guidance_tau", ["own", "later"])
+def test_decoupled_guidance_is_read_at_another_tau(guidance_tau: tdm.GuidanceTau) -> None:
+    num_steps, step = torch.full((512,), 4), torch.full((512,), 2)  # from 499 to 249
+    noise = torch.zeros(512, 1, 1, 1)
+    at = tdm.student_step(Linear(0.3, 0.1), noise, conditioning(num_steps), grid(num_steps), step)
+    teacher = Listener(0.2, 0.4, prompt_shift=1.0)
+    objective = Objective(guidance_scale=3.0, guidance_tau=guidance_tau)
+    query = tdm.draw_query(at, SCHEDULE, objective, rng(3))
+    tdm.teacher_x0(teacher, at, query, UNCOND, objective, rng(4))
+    shared, with_prompt, without = teacher.taus[0].chunk(3)
+    assert torch.equal(shared, query.tau)
+    assert torch.equal(with_prompt, without)
+    assert (with_prompt == shared).float().mean() < 0.1
+    assert with_prompt.min() > 249
+    assert 480 <= with_prompt.max() < 499 if guidance_tau == "own" else with_prompt.max() > 950
+
+
+def test_fisher_loss_is_that_of_sid() -> None:
+    """(f - g)(f - x0) less |f - g|^2, over the mean distance of x0 and f (arXiv:2404.04057, Eq. 23)."""
+    _, at = any_student_step()
+    teacher, fake_score = Linear(0.2, 0.5, prompt_shift=0.3), Linear(0.6, 0.1)
+    objective = Objective(guidance_scale=2.0, divergence="fisher")
+    rows, normaliser = tdm.student_loss(at, teacher, fake_score, UNCOND, objective, rng(5))
+    query = tdm.draw_query(at, SCHEDULE, objective, rng(5))
+    f = 0.2 * query.latents + 0.5 + 2.0 * 0.3
+    g, x0 = 0.6 * query.latents + 0.1, at.x0
+    distance = (x0 - f).abs().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(normaliser, distance)
+    wanted = ((f - g) * (f - x0) - (f - g) ** 2).mean(dim=(1, 2, 3)) / distance
+    torch.testing.assert_close(rows, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_fisher_gradient_is_the_derivative_through_the_landing_point() -> None:
@@ -433,6 +555,20 @@ def test_one_step_student_has_the_gradient_of_dmd() -> None:
     expected = (fake - real) / (x0 - real).abs().mean(dim=(1, 2, 3), keepdim=True) / x0[0].numel()
     assert at.x0.grad is not None
     torch.testing.assert_close(at.x0.grad, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_pseudo_huber_is_quadratic_below_its_scale_and_linear_above() -> None:
+    x0 = torch.ones(3, 1, 1, 2, requires_grad=True)
+    differences = torch.tensor([1e-5, 3e-3, 2.0]).view(3, 1, 1, 1).expand(3, 1, 1, 2)
+    real = torch.full_like(x0, 1.5)
+    rows, normaliser = tdm.surrogate_loss(x0, real, real - differences, Objective(huber_c=1e-3))
+    assert normaliser.tolist() == [0.5, 0.5, 0.5]
+    # sqrt(d^2 + c^2) - c, of which float32 has four digits
+    assert rows.tolist()[1:] == pytest.approx([(math.sqrt(10) - 1) * 1e-3 / 0.5, 1.999 / 0.5], rel=1e-4)
+    rows.sum().backward()
+    assert x0.grad is not None
+    slopes = -0.5 * 2 * x0.grad[:, 0, 0, 0]  # of the distance: d / sqrt(d^2 + c^2)
+    assert slopes.tolist() == pytest.approx([1e-2, 3 / math.sqrt(10), 1.0], rel=1e-2)
 
 
 def test_normaliser_is_bounded_below() -> None:
@@ -565,6 +701,40 @@ def test_diversity_is_asked_of_first_steps_that_end_in_noise() -> None:
     once = Objective(guidance_scale=1.0, diversity=0.5, diversity_substeps=1)
     at = tdm.student_step(teacher, randn(4, 2, 1, 1), cond, grid(num_steps), step)
     assert tdm.diversity_loss(at, teacher, UNCOND, once, torch.ones(4)).abs().max() < 1e-6
+
+
+def test_diversitys_target_leads_where_the_guided_teachers_substeps_lead() -> None:
+    teacher = Linear(0.2, 0.4, prompt_shift=0.5)
+    objective = Objective(guidance_scale=3.0, diversity=0.5, diversity_substeps=3)
+    num_steps, step = torch.tensor([4, 2]), torch.tensor([0, 0])
+    noise = randn(2, 3, 4, 4)
+    at = tdm.student_step(Linear(0.3, 0.1), noise, conditioning(num_steps), grid(num_steps), step)
+    target = tdm.diversity_target(at, torch.arange(2), teacher, UNCOND, objective)
+    for row, times in enumerate([[999, 915, 832, 749], [999, 832, 665, 499]]):
+        latents = noise[row : row + 1]
+        for now, to in itertools.pairwise(times):
+            x0 = 0.2 * latents + 0.4 + 3.0 * 0.5
+            eps = x0_to_eps(x0, latents, *SCHEDULE.at(torch.tensor([now])))
+            latents = ddim_step(x0, eps, SCHEDULE, torch.tensor([to]))
+        start = SCHEDULE.at(torch.tensor([999]))
+        eps = x0_to_eps(target[row : row + 1], noise[row : row + 1], *start)
+        reached = ddim_step(target[row : row + 1], eps, SCHEDULE, torch.tensor(times[-1:]))
+        torch.testing.assert_close(reached, latents, atol=1e-4, rtol=1e-3)
+
+
+def test_diversity_is_added_with_its_weight_and_pulls_as_strongly_as_the_rest() -> None:
+    _, at = any_student_step()
+    teacher, fake_score = Linear(0.2, 0.4), Linear(0.25, 0.0)
+    plain, with_diversity = (
+        tdm.student_loss(
+            at, teacher, fake_score, UNCOND, Objective(guidance_scale=1.0, diversity=weight), rng(3)
+        )
+        for weight in (0.0, 0.5)
+    )
+    torch.testing.assert_close(plain[1], with_diversity[1])
+    alone = tdm.diversity_loss(at, teacher, UNCOND, Objective(guidance_scale=1.0), torch.ones(6))
+    assert (alone > 0).any()
+    torch.testing.assert_close(with_diversity[0] - plain[0], 0.5 * alone / plain[1], atol=1e-5, rtol=1e-3)
 
 
 # All of it, on a mixture of Gaussians whose scores are known

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from engines import platform
 from engines.denoiser import Conditioning
-from engines.distill.checkpoint import latest_checkpoint, load_checkpoint
+from engines.distill import tdm
+from engines.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
 from engines.distill.config import DistillConfig, parse_config, read_config
 from engines.distill.prompts import load_prompt_bank
 from engines.distill.roles import step_aware_copy
 from engines.distill.student import load_teacher
 from engines.distill.trainer import Trainer, distill
-from engines.distill.updates import lr_factor
+from engines.distill.updates import lr_factor, update_average
 from engines.errors import CheckpointError, ConfigError, TrainingError
 from engines.families.pixart import STEPS_EMBEDDING_KEY, load_encoder, load_transformer
 from engines.platform import current_platform
@@ -374,3 +376,156 @@ def test_student_moves_and_teacher_does_not(tmp_path: Path, teacher: Path) -> No
     for network in (trainer.roles.student.network, trainer.roles.fake_score.network):
         assert not torch.equal(network.state_dict()["proj_out.weight"], before["proj_out.weight"])
         assert not network.state_dict()[STEPS_EMBEDDING_KEY][4].any()
+
+
+class Recorded:
+    """What student steps of trainers were asked for and made of it, as long as the test runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.noise: list[Tensor] = []
+        self.visited: list[Tensor] = []
+        self.steps: list[tdm.StudentStep] = []
+        original = tdm.student_step
+
+        def recording(
+            student: Any, noise: Tensor, cond: Any, visited: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            self.noise.append(noise)
+            self.visited.append(visited)
+            self.steps.append(original(student, noise, cond, visited, *args, **kwargs))
+            return self.steps[-1]
+
+        monkeypatch.setattr(tdm, "student_step", recording)
+
+
+def run(trainer: Trainer, iterations: int) -> None:
+    for _ in range(iterations):
+        trainer.step()
+        trainer.state.iteration += 1
+
+
+def test_draws_depend_on_seed_and_iteration_and_on_nothing_else(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(monkeypatch)
+    for seed in (0, 0, 1):
+        run(trainer_of(config_of(teacher, tmp_path / "out", seed=seed, batch_size=2)), 2)
+    first, second, again, _, other, other_second = recorded.noise
+    assert torch.equal(first, again)
+    drawn = torch.stack([first, second, other, other_second]).flatten(1)
+    assert (torch.corrcoef(drawn) - torch.eye(4)).abs().max() < 0.2
+
+
+def test_steps_follow_the_grid_unless_it_is_jittered_or_they_land_at_random(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(monkeypatch)
+    changes: list[dict[str, Any]] = [{}, {"grid_jitter": 0.4}, {"objective": {"random_landing": True}}]
+    for change in changes:
+        run(trainer_of(config_of(teacher, tmp_path / "out", num_steps={4: 1.0}, **change)), 1)
+    grid = torch.tensor([999, 749, 499, 249, -1])
+    plain, jittered, landed = recorded.steps
+    assert bool((recorded.visited[0] == grid).all())
+    assert bool(torch.isin(plain.next_timesteps, grid).all())
+    moved = (recorded.visited[1] != grid).float().mean(dim=0)
+    assert moved[0] == moved[4] == 0.0
+    assert bool((moved[1:4] > 0.5).all())
+    assert bool(torch.isin(jittered.timesteps, recorded.visited[1]).all())
+    assert bool((recorded.visited[2] == grid).all())
+    assert bool((~torch.isin(landed.next_timesteps, grid)).any())
+
+
+@pytest.mark.parametrize("fake_updates", [1, 3])
+def test_fake_score_sees_the_student_as_often_as_asked_before_the_student_learns(
+    fake_updates: int, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(config_of(teacher, tmp_path / "out", fake_updates=fake_updates))
+    happened: list[str] = []
+
+    def told(word: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def telling(*args: Any, **kwargs: Any) -> Any:
+            happened.append(word)
+            return call(*args, **kwargs)
+
+        return telling
+
+    for name, optimizer in trainer.state.optimizers.items():
+        monkeypatch.setattr(optimizer, "step", told(f"{name} learns", optimizer.step))
+        monkeypatch.setattr(tdm, f"{name}_loss", told(f"{name} asked", getattr(tdm, f"{name}_loss")))
+    run(trainer, 2)
+    fake, student = ([f"{name} asked", f"{name} learns"] for name in ("fake_score", "student"))
+    assert happened == [*fake * fake_updates, *student] * 2
+
+
+def test_pulled_fake_score_meets_the_student(teacher: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(teacher, tmp_path / "out", fake_pull=1.0))
+    run(trainer, 1)
+    student, fake = (trainer.state.parameters[name] for name in ("student", "fake_score"))
+    assert all(torch.equal(student[key], fake[key]) for key in student)
+
+
+def test_both_learners_have_their_own_rates_momentum_and_decay(teacher: Path, tmp_path: Path) -> None:
+    """In iteration 1 of a warm-up of 10, hence at a fifth of their peaks."""
+    config = config_of(
+        teacher, tmp_path / "out", iterations=100, weight_decay=0.03, betas=(0.2, 0.9), warmup_iterations=10
+    )
+    trainer = trainer_of(config)
+    run(trainer, 2)
+    for name, peak in (("student", 1e-3), ("fake_score", 3e-3)):
+        others, steps = trainer.state.optimizers[name].param_groups
+        assert [value.data_ptr() for value in steps["params"]] == [
+            trainer.state.parameters[name][STEPS_EMBEDDING_KEY].data_ptr()
+        ]
+        assert (others["lr"], steps["lr"]) == pytest.approx((0.2 * peak, 0.2 * 1e-2))
+        assert (others["weight_decay"], steps["weight_decay"]) == (0.03, 0.0)
+        assert others["betas"] == steps["betas"] == (0.2, 0.9)
+
+
+def test_gradients_are_clipped_to_one_norm_over_a_whole_network(teacher: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(config_of(teacher, tmp_path / "out", clip_norm=1e-4))
+    run(trainer, 1)
+    for named in trainer.state.parameters.values():
+        gradients = [value.grad for value in named.values() if value.grad is not None]
+        norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+        assert norm.item() == pytest.approx(1e-4, rel=1e-2)
+    before = trainer.meter.flush(trainer.world)
+    assert min(float(str(before[key])) for key in ("fake_grad_norm", "student_grad_norm")) > 1e-3
+
+
+def test_gradient_that_is_not_finite_changes_nothing_though_the_loss_is(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(config_of(teacher, tmp_path / "out"))
+    named = trainer.state.parameters["fake_score"]
+    before = {key: value.detach().clone() for key, value in named.items()}
+    weight = named["proj_out.weight"]
+    monkeypatch.setattr(
+        tdm, "fake_score_loss", lambda *_, **__: (weight - weight.detach()).square().sum().sqrt()
+    )
+    with pytest.raises(TrainingError, match=r"fake_score: loss 0\.0, gradient norm nan in iteration 1"):
+        trainer.step()
+    assert all(torch.equal(before[key], value) for key, value in named.items())
+
+
+@pytest.mark.parametrize(("iteration", "moved"), [(0, 0.9), (90, 0.09), (10_000, 0.01)])
+def test_average_forgets_the_teacher_first_and_then_keeps_to_its_decay(iteration: int, moved: float) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    state = TrainingState({"student": {"weight": weight}}, {}, {"weight": torch.zeros(2)}, iteration)
+    update_average(state, 0.99)
+    assert state.average["weight"].tolist() == pytest.approx([moved] * 2)
+
+
+def test_student_ships_the_average_of_its_weights_and_not_the_last_ones(
+    finished: Path, teacher: Path
+) -> None:
+    trainer = trainer_of(config_of(teacher, finished))
+    newest = latest_checkpoint(finished / "checkpoints")
+    assert newest is not None
+    load_checkpoint(newest, trainer.state, trainer.config.numerics())
+    written, exported = student_weights(finished), trainer.roles.export(trainer.state.average)
+    assert written.keys() == exported.keys() == trainer.state.average.keys()
+    for key, average in trainer.state.average.items():
+        assert torch.equal(exported[key], average)
+        assert torch.equal(written[key], average.half())
+    last = trainer.state.parameters["student"]["proj_out.weight"]
+    assert not torch.equal(written["proj_out.weight"], last.half())

@@ -1,13 +1,16 @@
-"""`python -m tests.mutants [--only WORDS]`: do the tests notice?
+"""`python -m tests.mutants [--only WORDS ...] [--jobs N]`: do the tests notice?
 
 Breaks copies of the project, one change at a time, and runs the tests that each change concerns.
 
-Prints a table; the exit status is 1 if a mutant survived, or if tests fail on the unbroken copy.
+Prints a table. Exit status: 0 if all mutants were caught; 1 if one survived; 2 if nothing can be said: a
+change does not fit the code, tests fail on the unbroken copy, or pytest could not run them on a broken one.
 """
 
 from __future__ import annotations
 
 import argparse
+import enum
+import json
 import os
 import shlex
 import shutil
@@ -15,17 +18,49 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
+from typing import NamedTuple
 
-from tests.mutants.catalog import MUTANTS, Mutant
+import pytest
+
+from tests.mutants.catalog import MUTANTS
+from tests.mutants.mutant import Mutant
+from tests.mutants.warm import NO_END
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-OPTIONS = ["-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-x"]
-LIMIT_S = 900
+OPTIONS = [
+    "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-x", "-W", "ignore::pytest.PytestAssertRewriteWarning",
+    "--hypothesis-profile=ci",  # the same examples every time, and no deadlines: a slow machine catches none
+]  # fmt: skip
+
+
+class Fate(enum.Enum):
+    """What became of a mutant."""
+
+    CAUGHT = "caught"
+    SURVIVED = "SURVIVED"
+    UNTESTED = "UNTESTED"
+    """Pytest neither passed nor failed: it found no tests, or could not import them."""
+
+
+class Ran(NamedTuple):
+    """A run of pytest: its exit status, or `NO_END`, and its telling words."""
+
+    status: int
+    said: str
+
+    @property
+    def fate(self) -> Fate:
+        """Of the mutant that it was run on."""
+        if self.status == pytest.ExitCode.OK:
+            return Fate.SURVIVED
+        return Fate.CAUGHT if self.status in (pytest.ExitCode.TESTS_FAILED, NO_END) else Fate.UNTESTED
 
 
 def copy_project(folder: Path) -> None:
@@ -46,71 +81,104 @@ def arguments(tests: str) -> list[str]:
     return [*shlex.split(files), *(["-k", expression] if expression else [])]
 
 
-def run_tests(folder: Path, tests: str) -> tuple[bool, str]:
-    """Whether they pass, and the last words of pytest."""
-    command = [sys.executable, "-m", "pytest", *OPTIONS, *arguments(tests)]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=LIMIT_S
+class Copy:
+    """A copy of the project in which tests run, one run at a time, until it is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._words = folder.with_suffix(".words")
+        copy_project(folder)
+        self._warm = subprocess.Popen(
+            [sys.executable, "-m", "tests.mutants.warm"], cwd=folder, env=ENVIRONMENT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End the process that runs tests."""
+        self._warm.communicate()
+
+    def run(self, tests: str) -> Ran:
+        """Run tests as the copy is now."""
+        assert self._warm.stdin is not None
+        assert self._warm.stdout is not None
+        print(
+            json.dumps([[*OPTIONS, *arguments(tests)], str(self._words)]), file=self._warm.stdin, flush=True
         )
-    except subprocess.TimeoutExpired:
-        return False, f"no end after {LIMIT_S} s"
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    said = failed[0].split(" - ")[0] if failed else (done.stdout.splitlines() or [done.stderr[-200:]])[-1]
-    return done.returncode == 0, said
+        status = int(self._warm.stdout.readline())
+        lines = self._words.read_text(encoding="utf-8", errors="replace").splitlines()
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        if status == NO_END:
+            return Ran(status, "no end")
+        return Ran(status, failed[0].split(" - ")[0] if failed else (lines or ["no words"])[-1])
+
+    def run_broken(self, mutant: Mutant) -> Ran:
+        """Make a mutant's change, run its tests, and take the change back."""
+        path = self.folder / mutant.path
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(mutant.before, mutant.after), encoding="utf-8")
+        try:
+            return self.run(mutant.tests)
+        finally:
+            path.write_text(text, encoding="utf-8")
 
 
-def try_mutant(folder: Path, mutant: Mutant) -> tuple[bool, str]:
-    """Whether the tests noticed, and which did."""
-    path = folder / mutant.path
-    text = path.read_text(encoding="utf-8")
-    assert text.count(mutant.before) == 1, f"{mutant.name}: not found once in {mutant.path}"
-    path.write_text(text.replace(mutant.before, mutant.after), encoding="utf-8")
-    try:
-        passed, said = run_tests(folder, mutant.tests)
-    finally:
-        path.write_text(text, encoding="utf-8")
-    return not passed, said
+def shown(verdict: str, spent_s: float, what: str, ran: Ran) -> None:
+    """Print a line of the table."""
+    print(f"{verdict:9} {spent_s:6.1f} s  {what}  [{ran.said}]", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--only", default="", help="those with these words in name or path")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="WORDS", help="those with these words in name or path"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="copies that are tried at once")
     options = parser.parse_args(argv)
-    chosen = [one for one in MUTANTS if options.only in f"{one.name} {one.path}"]
-    survived = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as box, ThreadPoolExecutor(options.jobs) as pool:
-        folders: SimpleQueue[Path] = SimpleQueue()
+    words = options.only or [""]
+    chosen = [one for one in MUTANTS if any(each in f"{one.name} {one.path}" for each in words)]
+    unfit = [one for one in chosen if (ROOT / one.path).read_text(encoding="utf-8").count(one.before) != 1]
+    for mutant in unfit:
+        print(f"does not fit: {mutant.path}: {mutant.name}: {mutant.before!r} is not there once")
+    if unfit or not chosen:
+        print(f"{len(unfit)} of {len(chosen)} chosen mutants do not fit the code: nothing was tried")
+        return 2
+    with tempfile.TemporaryDirectory(prefix="mutants-") as box, ExitStack() as stack:
+        free: SimpleQueue[Copy] = SimpleQueue()
         for number in range(options.jobs):
-            copy_project(Path(box) / str(number))
-            folders.put(Path(box) / str(number))
+            copy = Copy(Path(box) / str(number))
+            stack.callback(copy.close)
+            free.put(copy)
+        pool = stack.enter_context(ThreadPoolExecutor(options.jobs))
 
-        def with_folder(work: Callable[..., tuple[bool, str]], argument: object) -> tuple[bool, str, float]:
-            folder = folders.get()
-            started = time.monotonic()
+        def timed(work: Callable[[Copy], Ran]) -> tuple[Ran, float]:
+            copy, started = free.get(), time.monotonic()
             try:
-                return *work(folder, argument), time.monotonic() - started
+                return work(copy), time.monotonic() - started
             finally:
-                folders.put(folder)
+                free.put(copy)
 
         suites = list(dict.fromkeys(one.tests for one in chosen))
-        for tests, (passed, said, spent_s) in zip(
-            suites, pool.map(lambda tests: with_folder(run_tests, tests), suites), strict=True
+        failing = []
+        for tests, (ran, spent_s) in zip(
+            suites, pool.map(lambda tests: timed(lambda copy: copy.run(tests)), suites), strict=True
         ):
-            state = "passes" if passed else "FAILS"
-            print(f"{state} unbroken  {spent_s:6.1f} s  {tests}: {said}", flush=True)
-            if not passed:
-                return 1
-        for mutant, (caught, said, spent_s) in zip(
-            chosen, pool.map(lambda one: with_folder(try_mutant, one), chosen), strict=True
+            passes = ran.status == pytest.ExitCode.OK
+            shown("passes" if passes else "FAILS", spent_s, f"unbroken: {tests}", ran)
+            failing += [] if passes else [tests]
+        if failing:
+            print(f"{len(failing)} of {len(suites)} suites fail on the unbroken copy: no mutant was tried")
+            return 2
+        fates: Counter[Fate] = Counter()
+        for mutant, (ran, spent_s) in zip(
+            chosen, pool.map(lambda one: timed(lambda copy: copy.run_broken(one)), chosen), strict=True
         ):
-            verdict = "caught  " if caught else "SURVIVED"
-            print(f"{verdict}  {spent_s:6.1f} s  {mutant.path}: {mutant.name}  [{said}]", flush=True)
-            survived += [] if caught else [mutant]
-    print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
-    return 1 if survived else 0
+            shown(ran.fate.value, spent_s, f"{mutant.path}: {mutant.name}", ran)
+            fates[ran.fate] += 1
+    print(", ".join(f"{fates[fate]} {fate.value}" for fate in Fate) + f" of {len(chosen)} mutants")
+    if fates[Fate.UNTESTED]:
+        return 2
+    return 1 if fates[Fate.SURVIVED] else 0
 
 
 if __name__ == "__main__":

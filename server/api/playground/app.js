@@ -7,15 +7,6 @@ const MAX_HISTORY = 40;
 const STAGES = ["queue", "batch", "encode", "denoise", "decode", "pack", "store"];
 const LABELS = { rest: "network and the rest" };
 
-const FALLBACK_EXAMPLES = [
-  "a large red sphere on the left, on grass at sunset",
-  "a small blue cube left of a large yellow cone, on sand by day",
-  "a large white torus in the middle, on stone at night",
-  "a small cyan sphere behind a large orange cylinder, on sand at sunset",
-  "a large green cone on the right, on grass by day",
-  "a purple torus left of a white cube, on stone at night",
-];
-
 const ICONS = {
   dice: "M5 3h14a2 2 0 0 1 2 2v14a2 2 0 0 1-2 2H5a2 2 0 0 1-2-2V5a2 2 0 0 1 2-2ZM8.5 8.5h.01M15.5 8.5h.01M12 12h.01M8.5 15.5h.01M15.5 15.5h.01",
   theme: "M12 3a9 9 0 1 0 0 18V3Zm0 0a9 9 0 0 1 0 18",
@@ -26,7 +17,7 @@ const $ = (id) => document.getElementById(id);
 const state = {
   models: [],
   model: null, // the chosen one
-  examples: FALLBACK_EXAMPLES,
+  examples: [], // prompts that its bundle says it can draw; the page knows none of its own
   history: [], // newest first: {job, elapsedMs}; of a video, `data` holds its one file
   shown: -1,
   run: null, // the request in progress: {controller, path, jobId}
@@ -93,7 +84,11 @@ async function loadModels(live) {
 
 function useModel(model) {
   state.model = model;
-  state.examples = model.examples.length ? model.examples : FALLBACK_EXAMPLES;
+  state.examples = model.examples;
+  $("prompt").placeholder = state.examples[0] ?? "";
+  if ($("stage").dataset.state === "empty") {
+    $("overlay-text").textContent = state.examples.length ? "or pick one of the examples" : "";
+  }
   segmented($("steps"), "steps", model.steps.toSorted((a, b) => b - a), model.default_steps);
   $("count").hidden = model.kind === "video";
   $("length").hidden = model.kind !== "video";

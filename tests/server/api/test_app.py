@@ -369,6 +369,14 @@ async def test_page_loads_nothing_from_elsewhere(api: Api) -> None:
         assert f"/playground/{name}" in page.text
 
 
+async def test_page_offers_no_prompt_but_what_a_model_says_it_draws(api: Api) -> None:
+    for part in ("/", "/playground/app.js"):
+        text = (await api.client.get(part)).text.lower()
+        assert [
+            noun for noun in ("sphere", "cube", "cone", "cylinder", "torus", "ball") if noun in text
+        ] == []
+
+
 async def test_openapi_documents_our_errors_and_none_of_fastapis(api: Api) -> None:
     document = (await api.client.get("/openapi.json")).json()
 

@@ -72,6 +72,33 @@ async def test_frozen_worker_cannot_take_its_job_back(
     assert worker.extend({taken: 25}) == {taken: Verdict.OK}
 
 
+async def test_worker_whose_job_was_taken_over_may_not_fail_it_before_it_starts_again(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    frozen, worker = make_worker("w1"), make_worker("w2")
+    old = start_one(frozen, lease_one(frozen))
+    let_leases_lapse(client)
+    (taken,) = worker.reclaim(8, lease_ms=20_000)
+    assert frozen.fail(old, ERROR, {}) is Settled.STALE  # the record still names it, the lease does not
+    assert start_one(worker, taken).attempt == 2
+
+
+async def test_attempt_that_was_handed_back_may_not_fail_the_next_one(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker
+) -> None:
+    await queue.enqueue(new())
+    worker = make_worker()
+    lease = lease_one(worker)
+    first = start_one(worker, lease)
+    assert worker.hand_back([lease]) == 1
+    second = start_one(worker, lease_one(worker))
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert worker.fail(first, ERROR, {}) is Settled.STALE
+    assert worker.fail(second, ERROR, {}) is Settled.OK
+
+
 @pytest.mark.parametrize("first", ["frozen", "second"])
 async def test_first_finisher_wins_and_the_result_never_changes(
     queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis, first: str
@@ -215,6 +242,7 @@ async def test_queued_job_is_cancelled_at_once_and_never_starts(
         assert cancelled is not None
         assert cancelled.error is not None
         assert (cancelled.status, cancelled.error.code) == (JobStatus.CANCELLED, "cancelled")
+    assert (await queue.stats(MODEL)).total_waiting == 20
     assert dropped(worker, lease) == "lost"
     started = []
     while leases := worker.read(1):
@@ -324,6 +352,20 @@ async def test_worker_that_left_in_order_is_gone_at_once(
 ) -> None:
     make_worker("w1").leave()
     assert (await queue.stats(MODEL)).workers == ()
+
+
+async def test_worker_that_leaves_a_lease_behind_does_not_take_the_job_along(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    job = new()
+    await queue.enqueue(job)
+    leaving, worker = make_worker("w1"), make_worker("w2")
+    start_one(leaving, lease_one(leaving))
+    leaving.leave()
+    assert [info.id for info in (await queue.stats(MODEL)).workers] == ["w2"]
+    let_leases_lapse(client)
+    (lease,) = worker.reclaim(8, lease_ms=20_000)
+    assert (start_one(worker, lease).id, lease.job_id) == (job.id, job.id)
 
 
 async def test_models_stay_known_without_their_workers(

@@ -108,6 +108,17 @@ async def test_tenant_cap_counts_running_jobs_and_no_other_tenant(
     await queue.close()
 
 
+async def test_tenant_cap_does_not_count_jobs_whose_deadline_has_passed(
+    redis_url: str, new: NewJob, clock: Clock
+) -> None:
+    queue = JobQueue(redis_url, max_live_per_tenant=1, clock=clock)
+    await queue.enqueue(new(deadline_s=1))
+    assert (await queue.enqueue(new())).status is EnqueueStatus.TENANT_FULL
+    clock.now_ms += 1000  # no sweep has ended it yet
+    assert (await queue.enqueue(new())).status is EnqueueStatus.OK
+    await queue.close()
+
+
 @pytest.mark.parametrize("maxmemory", ["nearly", "over"])
 async def test_full_redis_refuses_new_jobs_and_finishes_the_old(
     queue: JobQueue,
