@@ -128,7 +128,7 @@ class QueueModel(RuleBasedStateMachine):
         if job.id in self.by_id:
             return EnqueueStatus.OK, job.id
         holder = self.keys.get((job.tenant, key or ""))
-        if holder:
+        if holder and self.by_id[holder].code != "storage":  # who is told to ask again gets a new job
             same = self.by_id[holder].job.fingerprint == job.fingerprint
             return (EnqueueStatus.DUP if same else EnqueueStatus.MISMATCH), holder
         live = self.in_flight[job.tenant]
