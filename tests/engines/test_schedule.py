@@ -89,7 +89,11 @@ def test_diffusion_models_are_told_the_timestep_itself() -> None:
         ("beta_schedule", "laplace"),
         ("prediction_type", "sample"),
         ("use_dynamic_shifting", True),
+        ("shift_terminal", 0.1),
+        ("invert_sigmas", True),
         ("use_karras_sigmas", True),
+        ("use_exponential_sigmas", True),
+        ("use_beta_sigmas", True),
         ("trained_betas", [0.1]),
     ],
 )
@@ -129,6 +133,15 @@ def test_impossible_step_counts_are_refused(num_steps: int) -> None:
 def test_epsilon_models_without_terminal_signal_are_refused() -> None:
     with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
         NoiseSchedule.from_config({"prediction_type": "epsilon", "rescale_betas_zero_snr": True})
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule.from_config(PIXART), flow_schedule(3.0)])
+def test_moved_schedule_is_the_same_one(schedule: NoiseSchedule) -> None:
+    moved, timesteps = schedule.to("cpu"), torch.tensor([0, 499, 999])
+    assert moved.prediction_type == schedule.prediction_type
+    assert torch.equal(moved.network_time(timesteps), schedule.network_time(timesteps))
+    for ours, theirs in zip(moved.at(timesteps), schedule.at(timesteps), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_lookup_has_as_many_dimensions_as_the_latents() -> None:
