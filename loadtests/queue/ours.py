@@ -15,7 +15,7 @@ from loadtests.queue.contender import Client, Engine, Promises
 from loadtests.queue.task import WrongResultError, request
 from server.job import GenerationRequest, Job, JobKind, OutputRef, new_job
 from server.metrics import Metrics
-from server.queue.connection import system_now_ms
+from server.queue.clock import system_now_ms
 from server.queue.job_queue import JobQueue
 from server.queue.records import EnqueueStatus, WorkerInfo
 from server.queue.worker_queue import Lease, Settled, WorkerQueue

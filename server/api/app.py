@@ -17,7 +17,6 @@ from server.api.middleware import BodyLimit, RequestContext
 from server.api.routes import health, images, models, playground, videos
 from server.job import Job
 from server.metrics import Metrics, Outcome
-from server.queue.connection import system_now_ms
 from server.queue.errors import QueueError
 from server.queue.job_queue import JobQueue
 from server.settings import Settings
@@ -50,7 +49,7 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
             catalog=Catalog(queue),
             metrics=metrics,
             draining=asyncio.Event(),
-            now_ms=system_now_ms,
+            now_ms=queue.clock,
         )
         app.state.services = services
         await queue.start()

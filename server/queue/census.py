@@ -15,6 +15,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from server.job import JobStatus, OutputRef, Priority, model_tag
+from server.queue.clock import asked_each_time
 from server.queue.connection import connect
 from server.queue.keys import GROUP, MODELS_KEY, class_prefix, stream_of, waiting_key
 from server.queue.scripts import script
@@ -125,6 +126,10 @@ class Census:
     def close(self) -> None:
         """Disconnect."""
         self._redis.close()
+
+    def now_ms(self) -> int:
+        """Unix ms by the clock of Redis."""
+        return asked_each_time(self._redis)()
 
     def sightings(self) -> Sightings:
         """Every id in any key of the queue. What comes or goes meanwhile may or may not be in it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import redis
@@ -19,11 +18,6 @@ from server.queue.address import RedisAddress, parse_redis_url
 SOCKET_TIMEOUT_S = 5.0
 # A Sentinel that is gone must not keep us from asking the next one.
 SENTINEL_TIMEOUT_S = 2.0
-
-
-def system_now_ms() -> int:
-    """Unix time in ms."""
-    return time.time_ns() // 1_000_000
 
 
 def connect(url: str) -> redis.Redis:

@@ -13,7 +13,8 @@ from enum import StrEnum
 from typing import Any
 
 from server.job import ID_PREFIX, Job, JobError, JobKind, Priority, new_job
-from server.queue.connection import connect, system_now_ms
+from server.queue.clock import asked_each_time
+from server.queue.connection import connect
 from server.queue.keys import MODELS_KEY, class_prefix
 from server.queue.records import dump_request, load_request
 from server.queue.scripts import script
@@ -62,15 +63,15 @@ class DeadLetter:
 class DeadLetters:
     """The letters of all classes of one Redis. All methods raise `QueueError` where it cannot be reached."""
 
-    def __init__(self, url: str, *, clock: Callable[[], int] = system_now_ms) -> None:
+    def __init__(self, url: str, *, clock: Callable[[], int] | None = None) -> None:
         """Connects with the first call.
 
         Args:
             url: of Redis 7.0+ or Valkey 8+.
-            clock: unix ms.
+            clock: unix ms; None: Redis is asked each time.
         """
         self._redis = connect(url)
-        self._clock = clock
+        self._clock = clock or asked_each_time(self._redis)
         self._retry = self._redis.register_script(script("retry"))
         self._drop = self._redis.register_script(script("drop"))
 
@@ -90,7 +91,7 @@ class DeadLetters:
         """The letter of one job."""
         return next((letter for letter in self.all() if letter.job_id == job_id), None)
 
-    def retry(self, letter: DeadLetter, *, deadline_ms: int, result_ttl_s: int) -> tuple[Retried, Job]:
+    def retry(self, letter: DeadLetter, *, deadline_s: float, result_ttl_s: int) -> tuple[Retried, Job]:
         """Accept the same request as a new job, and take the letter away; all or nothing.
 
         The new job has the tenant and the priority of the old one; caps do not hold it up. The old one stays
@@ -98,19 +99,20 @@ class DeadLetters:
 
         Args:
             letter: from `all` or `find`.
-            deadline_ms: of the new job, unix ms.
+            deadline_s: of the new job, from now.
             result_ttl_s: how long the record of the new job is kept once it is finished.
         Returns:
             What happened, and the job that exists if that is OK.
         Raises:
             UnreadableJobError: of a request that no worker could read either.
         """
+        now_ms = self._clock()
         job = new_job(
             kind=letter.kind,
             model=letter.model,
             request=load_request(letter.request),
-            now_ms=self._clock(),
-            deadline_ms=deadline_ms,
+            now_ms=now_ms,
+            deadline_ms=now_ms + round(deadline_s * 1000),
             priority=letter.priority,
             tenant=letter.tenant,
         )

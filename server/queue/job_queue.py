@@ -15,7 +15,8 @@ from redis.exceptions import OutOfMemoryError, RedisError
 
 from server.job import TERMINAL, Job, Priority, model_tag
 from server.queue.calls import Calls
-from server.queue.connection import connect_async, system_now_ms
+from server.queue.clock import RedisClock
+from server.queue.connection import connect_async
 from server.queue.keys import MODELS_KEY, class_prefix, job_key, waiting_key
 from server.queue.records import (
     EnqueueResult,
@@ -52,7 +53,7 @@ class JobQueue:
         max_live_per_tenant: int | None = None,
         result_ttl_s: int = 86_400,
         on_deadline: Callable[[Job], None] = lambda _: None,
-        clock: Callable[[], int] = system_now_ms,
+        clock: Callable[[], int] | None = None,
     ) -> None:
         """Connects with the first verb.
 
@@ -62,7 +63,7 @@ class JobQueue:
             max_live_per_tenant: queued and running jobs a tenant may have in a class; None: no limit.
             result_ttl_s: how long the record of a finished job is kept.
             on_deadline: called with each job that this process's sweep has ended.
-            clock: unix ms.
+            clock: unix ms; None: as Redis counts them, compared with each sweep.
         """
         self._redis = connect_async(url)
         self._calls = Calls(self._redis)
@@ -70,7 +71,7 @@ class JobQueue:
         self._max_live_per_tenant = max_live_per_tenant or 0
         self._result_ttl_ms = result_ttl_s * 1000
         self._on_deadline = on_deadline
-        self._clock = clock
+        self.clock: Callable[[], int] = clock or RedisClock()
         self._boot = secrets.token_hex(8)  # names this process's reply streams
         self._known: set[str] = set()
         self._expected: dict[str, Job] = {}
@@ -80,6 +81,8 @@ class JobQueue:
 
     async def start(self) -> None:
         """Start the sweep; the reader of a class's replies starts with the first wait for one of its jobs."""
+        with suppress(RedisError):  # the sweep tries again
+            await self._compare_clocks()
         self._sweeper = asyncio.create_task(self._sweep_forever(), name="queue sweep")
 
     async def close(self) -> None:
@@ -163,7 +166,7 @@ class JobQueue:
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel at once while queued, at the next step boundary while running. Returns the job as it is."""
         for model in await self._models_of(job_id):
-            await self._call("cancel", model, job_id, self._clock())
+            await self._call("cancel", model, job_id, self.clock())
         return await self.get(job_id)
 
     async def delete(self, job_id: str) -> Job | None:
@@ -173,7 +176,7 @@ class JobQueue:
             The job as it is; its objects in the store are the caller's to delete.
         """
         for model in await self._models_of(job_id):
-            await self._call("delete", model, job_id, self._clock())
+            await self._call("delete", model, job_id, self.clock())
         return await self.get(job_id)
 
     async def listing(
@@ -236,7 +239,7 @@ class JobQueue:
 
     async def stats(self, model: str) -> QueueStats:
         """Counts of one class and its live workers."""
-        prefix, now_ms = class_prefix(model), self._clock()
+        prefix, now_ms = class_prefix(model), self.clock()
         pipeline = self._redis.pipeline(transaction=False)
         for priority in Priority:
             pipeline.zcard(waiting_key(model, priority))
@@ -362,11 +365,12 @@ class JobQueue:
 
         Runs by itself every SWEEP_S seconds.
         """
+        await self._compare_clocks()
         await self.models()
         for model in list(self._known):
             with suppress(OutOfMemoryError):  # a full Redis must not keep late jobs from ending
                 await self._redis.hsetnx(MODELS_KEY, model, "")  # again, should Redis have lost its data
-            for job_id in await self._call("expire", model, self._clock(), DEADLINE_GRACE_MS, 1000):
+            for job_id in await self._call("expire", model, self.clock(), DEADLINE_GRACE_MS, 1000):
                 if job := await self.get(job_id):
                     self._on_deadline(job)
         waited_for = list(self._waiters)
@@ -374,9 +378,13 @@ class JobQueue:
         for job_id, job in zip(waited_for, jobs, strict=True):
             if job is None or job.finished:
                 self._wake(job_id)
-        long_over_ms = self._clock() - 2 * DEADLINE_GRACE_MS  # whose reply was lost and nobody waits for
+        long_over_ms = self.clock() - 2 * DEADLINE_GRACE_MS  # whose reply was lost and nobody waits for
         for job in [job for job in self._expected.values() if job.deadline_ms < long_over_ms]:
             del self._expected[job.id]
+
+    async def _compare_clocks(self) -> None:
+        if isinstance(self.clock, RedisClock):
+            await self.clock.compare_async(lambda: self._calls.command("TIME"))
 
     async def _call(self, verb: str, model: str, *args: str | int) -> Any:
         return await self._calls.verb(verb, class_prefix(model), *args)

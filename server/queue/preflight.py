@@ -32,7 +32,7 @@ RETRY_S = 0.5
 # Each command that the api and the workers send or call in scripts, as a call on a key that holds a string:
 # whoever may make it gets a value or an error about the key's type, whoever may not gets NOPERM.
 _CALLS = (
-    "ping", "info server", "script load return", "evalsha ab 0",
+    "ping", "time", "info server", "script load return", "evalsha ab 0",
     "set KEY x PX 60000", "get KEY", "exists KEY",
     "hset KEY f v", "hsetnx KEY f v", "hget KEY f", "hmget KEY f", "hgetall KEY",
     "hincrby KEY f 1", "hdel KEY f", "lpush KEY x", "rpush KEY x", "lpop KEY",

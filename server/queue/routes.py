@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from engines.bundle import Manifest
 from server.job import GenerationRequest, Priority
-from server.queue.connection import connect, system_now_ms
+from server.queue.clock import asked_each_time
+from server.queue.connection import connect
 from server.queue.keys import MODELS_KEY, class_prefix, job_key, waiting_key
 from server.queue.records import UnreadableJobError, WorkerInfo, load_request, load_worker
 from server.queue.scripts import script
@@ -94,15 +95,15 @@ class Route:
 class Routes:
     """The routes of all models of one Redis. All methods raise `QueueError` where it cannot be reached."""
 
-    def __init__(self, url: str, *, clock: Callable[[], int] = system_now_ms) -> None:
+    def __init__(self, url: str, *, clock: Callable[[], int] | None = None) -> None:
         """Connects with the first call.
 
         Args:
             url: of Redis 7.0+ or Valkey 8+.
-            clock: unix ms.
+            clock: unix ms; None: Redis is asked each time.
         """
         self._redis = connect(url)
-        self._clock = clock
+        self._clock = clock or asked_each_time(self._redis)
         self._set_route = self._redis.register_script(script("set_route"))
 
     def close(self) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
 
 from server.job import Job, JobError, JobStatus, OutputRef, Priority
-from server.queue.connection import SOCKET_TIMEOUT_S, connect, system_now_ms
+from server.queue.clock import RedisClock
+from server.queue.connection import SOCKET_TIMEOUT_S, connect
 from server.queue.keys import GROUP, MODELS_KEY, class_prefix, job_key, stream_of, waiting_key
 from server.queue.records import (
     UnreadableJobError,
@@ -103,7 +104,7 @@ class WorkerQueue:
         model: str,
         version: str,
         consumer: str,
-        clock: Callable[[], int] = system_now_ms,
+        clock: Callable[[], int] | None = None,
     ) -> None:
         """Connects with the first verb.
 
@@ -112,12 +113,12 @@ class WorkerQueue:
             model: the class to serve.
             version: of the bundle that is served; its lane is what this worker reads.
             consumer: unique per process life and never used again; the lease is its.
-            clock: unix ms.
+            clock: unix ms; None: as Redis counts them, compared with each beat.
         """
         self.model = model
         self.version = version
         self.consumer = consumer
-        self._clock = clock
+        self.clock: Callable[[], int] = clock or RedisClock()
         self._redis = connect(url)
         self._prefix = class_prefix(model)
         self._stream = stream_of(model, version)
@@ -135,7 +136,9 @@ class WorkerQueue:
         bundle's manifest for the api processes.
         """
         self._announcement = info, manifest_json
-        fresh = self._call("beat", *self._who, self._clock(), WORKER_TTL_MS, dump_worker(info))
+        if isinstance(self.clock, RedisClock):
+            self.clock.compare(self._redis.time)
+        fresh = self._call("beat", *self._who, self.clock(), WORKER_TTL_MS, dump_worker(info))
         self._announce = self._announce or bool(fresh)
         if self._announce:
             with suppress(OutOfMemoryError):  # a full Redis still serves; this comes with a later beat
@@ -145,7 +148,7 @@ class WorkerQueue:
 
     def leave(self) -> None:
         """Say that this worker ends in good order."""
-        self._call("leave", *self._who, self._clock())
+        self._call("leave", *self._who, self.clock())
 
     def read(self, count: int, block_ms: int = 0) -> list[Lease]:
         """Lease up to `count` jobs from the dispatch window.
@@ -204,12 +207,12 @@ class WorkerQueue:
     def refuse(self, lease: Lease, error: JobError) -> None:
         """End a leased job that cannot be worked on, without reading more of its record than must be."""
         try:
-            args = (*self._who, lease.entry, lease.job_id, self._clock(), MAX_ATTEMPTS)
+            args = (*self._who, lease.entry, lease.job_id, self.clock(), MAX_ATTEMPTS)
             verdict, *rest = self._call("start", *args)
             if verdict != "run":
                 return  # it is ended, gone, or somebody else's
             attempt = dict(zip(rest[::2], rest[1::2], strict=True))["at"]
-            now_ms, err = self._clock(), dump_error(error)
+            now_ms, err = self.clock(), dump_error(error)
             self._call("fail", *self._who, attempt, lease.job_id, now_ms, JobStatus.FAILED, err, "{}")
         except ResponseError as broken:  # the script itself cannot make sense of it
             log.error("job %s cannot be ended: %s", lease.job_id, broken)  # noqa: TRY400
@@ -219,7 +222,7 @@ class WorkerQueue:
 
         A job past its deadline, cancelled, or already tried MAX_ATTEMPTS times is ended here instead.
         """
-        now_ms = self._clock()
+        now_ms = self.clock()
         replies = self._call_many(
             "start",
             [(*self._who, lease.entry, lease.job_id, now_ms, MAX_ATTEMPTS) for lease in leases],
@@ -268,14 +271,14 @@ class WorkerQueue:
                 json.dumps(warnings) if warnings else "",
             )
         ]
-        replies = self._call("complete", *self._who, self._clock(), *args)
+        replies = self._call("complete", *self._who, self.clock(), *args)
         return [Settled(str(reply)) for reply in replies]
 
     def fail(
         self, job: Job, error: JobError, timing: Mapping[str, float], *, status: JobStatus = JobStatus.FAILED
     ) -> Settled:
         """End a started job without results. Without the lease it is STALE: the next attempt decides."""
-        now_ms, err = self._clock(), dump_error(error)
+        now_ms, err = self.clock(), dump_error(error)
         args = (*self._who, job.attempt, job.id, now_ms, status, err, json.dumps(timing))
         return Settled(str(self._call("fail", *args)))
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from server.queue.census import Census
-from server.queue.connection import system_now_ms
 from server.queue.dead import DeadLetter, DeadLetters, Retried
 from server.settings import Settings
 from server.store import ResultStore
@@ -69,7 +68,7 @@ def run_audit(settings: Settings, *, accepted: str | None, settled: bool, strict
             census,
             ResultStore(settings.results_url),
             result_ttl_s=settings.result_ttl_s,
-            clock=system_now_ms,
+            clock=census.now_ms,
             accepted=ids,
             settled=settled,
         )
@@ -137,8 +136,8 @@ def retry_dead(letters: DeadLetters, settings: Settings, job_ids: Sequence[str])
         NotThereError: there is none of that job (any longer), or Redis takes no new jobs.
     """
     for letter in _chosen(letters, job_ids):
-        deadline_ms = system_now_ms() + round(settings.deadline_s(letter.kind) * 1000)
-        retried, job = letters.retry(letter, deadline_ms=deadline_ms, result_ttl_s=settings.record_ttl_s)
+        deadline_s = settings.deadline_s(letter.kind)
+        retried, job = letters.retry(letter, deadline_s=deadline_s, result_ttl_s=settings.record_ttl_s)
         if retried is Retried.MEMORY:
             raise NotThereError(
                 f"Redis is nearly full and takes no new jobs; {letter.job_id} stays where it is"

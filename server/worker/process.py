@@ -25,7 +25,7 @@ from engines.signature import read_key
 from server.cost import batch_cost
 from server.job import JobKind
 from server.metrics import Metrics, start_metrics_server
-from server.queue.connection import system_now_ms
+from server.queue.clock import system_now_ms
 from server.queue.errors import QueueError
 from server.queue.records import WorkerInfo
 from server.queue.routes import Routes
@@ -112,11 +112,9 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
     Returns:
         As `run_worker`.
     """
-    manifest, clock = pipeline.manifest, system_now_ms
+    manifest = pipeline.manifest
     info = _worker_info(pipeline)
-    queue = WorkerQueue(
-        settings.redis_url, model=manifest.name, version=manifest.version, consumer=info.id, clock=clock
-    )
+    queue = WorkerQueue(settings.redis_url, model=manifest.name, version=manifest.version, consumer=info.id)
     cost_ms = _cost_model(manifest, pipeline.backend)
     heartbeat = Heartbeat(
         queue,
@@ -137,7 +135,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         unheard=pipeline.unheard,
         store_patience_s=settings.lease_s,
         max_pending=MAX_PENDING[JobKind(manifest.kind)],
-        clock=clock,
+        clock=queue.clock,
     )
     batcher = Batcher(
         queue,
@@ -148,9 +146,9 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         lease_s=settings.lease_s,
         stopping=stopping,
         settle=finisher.settle,
-        clock=clock,
+        clock=queue.clock,
     )
-    worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, clock=clock)
+    worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, clock=queue.clock)
     status = EXIT_OK
     try:
         with ExitStack() as ends:  # from the last to the first, each whatever becomes of the others

@@ -14,6 +14,7 @@ from server.queue.connection import connect
 from server.queue.keys import class_prefix, stream_of
 from tests.failures.processes import PATIENCE_S, Api, RedisServer, Worker
 from tests.failures.proxy import Proxy
+from tests.failures.skew import SKEW
 from tests.ports import reserve_port
 from tests.server.conftest import poll
 
@@ -40,11 +41,12 @@ class Deployment:
         *,
         redis_url: str = "",
         listener: socket.socket | None = None,
+        skew_s: float = 0,
         **settings: Any,
     ) -> Api:
         """Start an api process; returns once it answers."""
         port = reserve_port()
-        environment = self._environment(redis_url, metrics_port=port, **settings)
+        environment = self._environment(redis_url, skew_s, metrics_port=port, **settings)
         api = Api(name, self._folder / name, environment, port, listener)
         self._parts.append(api)
         api.start()
@@ -52,11 +54,13 @@ class Deployment:
         assert answer.status_code == 200, api.log
         return api
 
-    def worker(self, name: str = "worker", *, redis_url: str = "", **settings: Any) -> Worker:
+    def worker(
+        self, name: str = "worker", *, redis_url: str = "", skew_s: float = 0, **settings: Any
+    ) -> Worker:
         """A worker process that is not started yet."""
         port = reserve_port()
         settings = {"bundles": self._bundle, **settings}
-        environment = self._environment(redis_url, metrics_port=port - 1, **settings)
+        environment = self._environment(redis_url, skew_s, metrics_port=port - 1, **settings)
         worker = Worker(name, self._folder / name, environment, port)
         self._parts.append(worker)
         return worker
@@ -148,7 +152,7 @@ class Deployment:
         self.background.shutdown()
         self.client.close()
 
-    def _environment(self, redis_url: str, **settings: Any) -> dict[str, str]:
+    def _environment(self, redis_url: str, skew_s: float, **settings: Any) -> dict[str, str]:
         named = {
             "redis_url": redis_url or self.redis.url,
             "data_dir": self._folder,
@@ -162,5 +166,6 @@ class Deployment:
         return {
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            **({SKEW: str(skew_s)} if skew_s else {}),
             **{f"TDM_{name.upper()}": str(value) for name, value in named.items()},
         }

@@ -18,6 +18,7 @@ from server.queue.preflight import wait_until_usable
 from server.settings import Settings, WorkerSettings
 from server.supervisor.valkey import PR_SET_PDEATHSIG
 from server.worker.process import load_pipeline, run_worker
+from tests.failures.skew import skew_clock
 
 LETHAL = "lethal"
 """A prompt with this word kills the process that draws it, after its first step."""
@@ -81,6 +82,7 @@ def run_scripted_worker(environment: Mapping[str, str], folder: Path, log: Path)
             os.dup2(file.fileno(), stream)
     os.environ.clear()
     os.environ.update(environment)
+    skew_clock(environment)
     settings = Settings()
     logs.configure(settings.log_level)
     wait_until_usable(settings.redis_url, patience_s=settings.redis_wait_s, report=logging.warning)

@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server.queue.connection import connect
 from server.supervisor.valkey import die_with_parent
 from tests.failures.engine import BATCHES, BRAKE, DOOR, LOADED, run_scripted_worker
+from tests.failures.skew import SKEW
 from tests.server.conftest import poll
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,8 +183,9 @@ class Api(Process):
     def start(self) -> Self:
         """Run it; its socket takes connections at once."""
         with (self.folder / "log").open("ab") as log:
+            module = "tests.failures.skew" if SKEW in self._environment else "server"
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "server", "api"],
+                [sys.executable, "-m", module, "api"],
                 cwd=ROOT,
                 env={**self._environment, "TDM_LISTEN_FD": str(self.listener.fileno())},
                 pass_fds=[self.listener.fileno()],

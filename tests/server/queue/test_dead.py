@@ -51,7 +51,7 @@ async def kill(queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: re
 
 
 def retry(letters: DeadLetters, letter: DeadLetter, clock: Clock) -> tuple[Retried, Job]:
-    return letters.retry(letter, deadline_ms=clock.now_ms + 60_000, result_ttl_s=3600)
+    return letters.retry(letter, deadline_s=60, result_ttl_s=3600)
 
 
 async def test_letter_says_what_died_and_why(letters: DeadLetters, kill: Callable, clock: Clock) -> None:

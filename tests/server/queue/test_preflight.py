@@ -364,6 +364,7 @@ async def whole_life(
     )
     other = WorkerQueue(url, model=MODEL, version=VERSION, consumer="w2", clock=clock)
     newer = WorkerQueue(url, model=MODEL, version="cccccccccccc", consumer="w3", clock=clock)
+    goes_by_redis = WorkerQueue(url, model=MODEL, version=VERSION, consumer="w4")
     error = JobError(code="generation_failed", message="a reason")
     try:
         await queue.ping()
@@ -414,6 +415,8 @@ async def whole_life(
         other.beat(worker_info("w2"), "{}")
         newer.beat(worker_info("w3", version="cccccccccccc"), "{}")
         newer.leave()
+        goes_by_redis.beat(worker_info("w4"), "{}")
+        goes_by_redis.leave()
         other.reclaim(1, 1000)  # its lane goes away
         decide_on_versions(url, clock)
         assert (await queue.wait(job.id, 0.01)) is not None
@@ -422,7 +425,7 @@ async def whole_life(
             await queue.enqueue(new("too many"))
             admin.config_set("maxmemory", 0)
     finally:
-        for one in (worker, other, newer):
+        for one in (worker, other, newer, goes_by_redis):
             one.close()
         await queue.close()
 

@@ -18,7 +18,7 @@ from engines.compile.progress import BuildProgress
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from server.job import Job, JobKind, new_job
 from server.metrics import Metrics
-from server.queue.connection import system_now_ms
+from server.queue.clock import system_now_ms
 from server.queue.job_queue import JobQueue
 from server.settings import WorkerSettings
 from server.store import ResultStore

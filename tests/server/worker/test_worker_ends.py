@@ -17,7 +17,7 @@ from engines.errors import BundleError
 from engines.signature import read_key, sign_bundle
 from server.job import Job, JobStatus
 from server.metrics import Metrics
-from server.queue.connection import system_now_ms
+from server.queue.clock import system_now_ms
 from server.queue.errors import QueueError
 from server.queue.job_queue import JobQueue
 from server.queue.records import UnreadableJobError
