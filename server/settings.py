@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -33,6 +34,10 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     """Address the HTTP port and the metrics ports listen on."""
+    public_url: str = ""
+    """Where clients reach the api, behind a proxy: links begin with it. Empty: as each request says."""
+    cors_origins: str = ""
+    """Origins whose pages may call the api, separated by commas; `*`: all. Empty: none but our own."""
     port: int = Field(default=8000, ge=0, le=65_535)
     """HTTP port; 0 takes a free one and the ready line names it."""
     metrics_port: int = Field(default=9100, ge=0, le=65_000)
@@ -97,6 +102,25 @@ class Settings(BaseSettings):
     @classmethod
     def _no_blank_entries(cls, value: str) -> str:
         return ",".join(part.strip() for part in value.split(",") if part.strip())
+
+    @field_validator("public_url")
+    @classmethod
+    def _http_url_without_query(cls, value: str) -> str:
+        parts = urlsplit(value)
+        plain = parts.scheme in ("http", "https") and parts.netloc and not parts.query and not parts.fragment
+        if value and not plain:
+            raise ValueError("http://HOST or https://HOST, with a port or a path if need be")
+        return value.rstrip("/")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: str) -> str:
+        origins = [part.strip().rstrip("/") for part in value.split(",") if part.strip()]
+        for origin in origins:
+            parts = urlsplit(origin)
+            if origin != "*" and origin != f"{parts.scheme}://{parts.netloc}":
+                raise ValueError(f"{origin!r} is no origin: * or SCHEME://HOST, with a port if need be")
+        return ",".join(origins)
 
     @field_validator("redis_url")
     @classmethod

@@ -9,6 +9,7 @@ from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from server.api.catalog import Catalog
 from server.api.dependencies import Services
@@ -74,7 +75,15 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
     for routes in (images, models, videos, health, playground):
         app.include_router(routes.router)
     app.add_middleware(BodyLimit)
-    app.add_middleware(RequestContext, metrics=metrics)  # added last, runs first
+    app.add_middleware(RequestContext, metrics=metrics)
+    if settings.cors_origins:  # added last, runs first: refusals are to be read by those pages, too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     for exception, handler in HANDLERS.items():
         app.add_exception_handler(exception, handler)
     return app

@@ -39,3 +39,11 @@ def _services(request: Request) -> Services:
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
+
+
+def link(request: Request, route: str, job_id: str) -> str:
+    """The address of a route about a job: under the public URL, or wherever this request came to."""
+    public_url = _services(request).settings.public_url
+    if public_url:
+        return public_url + str(request.app.url_path_for(route, job_id=job_id))
+    return str(request.url_for(route, job_id=job_id))

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 MAX_IMAGES = 10
 MAX_SEED = 2**63 - 1
 SIZE_PATTERN = r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"
 
+
+def _whole(value: object) -> object:
+    """JSON has one kind of number, and some clients write `1.0`. Above 2**53 a float may be a neighbour."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+        return int(value)
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 OutputFormat = Literal["png", "jpeg", "webp"]
 ResponseFormat = Literal["url", "b64_json"]
@@ -44,13 +53,13 @@ class SampleRequest(Body):
     size: str = Field(
         default="auto", pattern=SIZE_PATTERN, description="WIDTHxHEIGHT, or auto for the model's own size."
     )
-    seed: int | None = Field(
+    seed: Whole | None = Field(
         default=None,
         ge=0,
         le=MAX_SEED,
         description="The same seed draws the same again. Random if absent, and reported.",
     )
-    steps: int | None = Field(
+    steps: Whole | None = Field(
         default=None, ge=1, le=64, description="Denoising steps; the model's default if absent."
     )
 
@@ -58,9 +67,9 @@ class SampleRequest(Body):
 class DrawingRequest(SampleRequest):
     """What both routes that draw images share."""
 
-    n: int = Field(default=1, ge=1, le=MAX_IMAGES, description="Images to draw; image i has seed + i.")
+    n: Whole = Field(default=1, ge=1, le=MAX_IMAGES, description="Images to draw; image i has seed + i.")
     output_format: OutputFormat = "png"
-    output_compression: int | None = Field(
+    output_compression: Whole | None = Field(
         default=None, ge=0, le=100, description="Quality of jpeg and webp, 0 to 100."
     )
 
@@ -84,7 +93,7 @@ class GenerationsRequest(DrawingRequest):
     response_format: ResponseFormat = "b64_json"
     background: Literal["auto", "opaque", "transparent"] = "auto"
     stream: bool = False
-    partial_images: int = Field(default=0, ge=0, le=3)
+    partial_images: Whole = Field(default=0, ge=0, le=3)
     moderation: str | None = Field(default=None, description="Accepted, without effect.")
     quality: str | None = Field(default=None, description="Accepted, without effect; see steps.")
     style: str | None = Field(default=None, description="Accepted, without effect.")
@@ -113,8 +122,8 @@ class VideoRequest(SampleRequest):
         "last, or that plus the last frame's own: 49 frames at 8 a second are 6 or 6.125.",
     )
     input_reference: Any = Field(default=None, description="Not supported: videos are made from text alone.")
-    frames: int | None = Field(default=None, ge=1, le=10_000, description="Length in frames, exactly.")
-    fps: int | None = Field(
+    frames: Whole | None = Field(default=None, ge=1, le=10_000, description="Length in frames, exactly.")
+    fps: Whole | None = Field(
         default=None, ge=1, le=240, description="Frames per second; only the model's own is allowed."
     )
 

@@ -1,4 +1,4 @@
-"""A process on a machine whose clock is wrong: `python -m tests.failures.skew` is `python -m server` on it."""
+"""A process with a wrong clock: `python -m tests.failures.skew` is `python -m server` with it."""
 
 from __future__ import annotations
 

@@ -87,3 +87,22 @@ def test_child_inherits_the_environment_with_its_own_settings(monkeypatch: pytes
 
     assert environment["TDM_LOG_LEVEL"] == "debug"
     assert (environment["TDM_PORT"], environment["OMP_NUM_THREADS"]) == ("1", "1")
+
+
+@pytest.mark.parametrize(
+    "value", ["pictures.example.com", "ftp://example.com", "https://", "https://a.b/?c=d"]
+)
+def test_public_url_is_one_that_links_can_begin_with(value: str) -> None:
+    with pytest.raises(ValidationError, match="https://HOST"):
+        Settings(public_url=value)
+
+
+@pytest.mark.parametrize("value", ["example.com", "https://a.example.com/ui", "https://a.example.com,b"])
+def test_origins_are_origins(value: str) -> None:
+    with pytest.raises(ValidationError, match="is no origin"):
+        Settings(cors_origins=value)
+
+
+def test_origins_may_be_several_and_end_with_a_slash() -> None:
+    assert Settings(cors_origins="https://a.b/ , http://c:1").cors_origins == "https://a.b,http://c:1"
+    assert Settings(cors_origins="*").cors_origins == "*"

@@ -72,7 +72,7 @@ async function api(path, options = {}) {
 
 // Those that a worker serves, or has served since the page was opened; images first.
 async function loadModels(live) {
-  const { data } = await api("/v1/models");
+  const { data } = await api("v1/models");
   const shown = [...live, ...state.models.map((model) => model.id)];
   state.models = data.filter((model) => shown.includes(model.id)).toSorted((a, b) => a.kind.localeCompare(b.kind));
   const ids = state.models.map((model) => model.id);
@@ -98,7 +98,7 @@ function useModel(model) {
 
 async function watchStatus() {
   try {
-    const response = await fetch("/readyz");
+    const response = await fetch("readyz");
     const readiness = await response.json();
     const served = Object.entries(readiness.models);
     const live = served.filter(([, model]) => model.workers).map(([name]) => name);
@@ -160,7 +160,7 @@ async function draw() {
   await cancel();
 
   const video = state.model?.kind === "video";
-  const run = { controller: new AbortController(), path: video ? "/v1/videos" : "/v1/images", jobId: null };
+  const run = { controller: new AbortController(), path: video ? "v1/videos" : "v1/images", jobId: null };
   state.run = run;
   busy();
   const seed = $("seed").value.trim();

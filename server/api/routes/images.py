@@ -9,7 +9,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 
-from server.api.dependencies import Services, ServicesDep
+from server.api.dependencies import Services, ServicesDep, link
 from server.api.errors import (
     ApiError,
     DeadlineExceededError,
@@ -116,7 +116,7 @@ async def create_image(
             eta_ms=accepted.eta_ms,
             queue_position=accepted.position,
         )
-        location = str(request.url_for("get_image", job_id=job.id))
+        location = link(request, "get_image", job.id)
         return json_response(view, status_code=202, headers={"location": location})
     if job.status is not JobStatus.DONE:
         raise failure_of(job)
@@ -279,7 +279,7 @@ async def _view(services: Services, request: Request, job: Job) -> ImageJob:
 
 
 def _content_url(request: Request) -> ContentUrl:
-    return lambda job_id, index: f"{request.url_for('get_image_content', job_id=job_id)}?index={index}"
+    return lambda job_id, index: f"{link(request, 'get_image_content', job_id)}?index={index}"
 
 
 async def _images_b64(services: Services, job: Job) -> list[str]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from server.api.dependencies import Services, ServicesDep
+from server.api.dependencies import Services, ServicesDep, link
 from server.api.errors import (
     FpsNotServedError,
     InvalidFormError,
@@ -291,7 +291,7 @@ async def _view(services: Services, request: Request, job: Job, *, ask_store: bo
 
 
 def _url(request: Request, route: str, job: Job) -> str:
-    return str(request.url_for(route, job_id=job.id))
+    return link(request, route, job.id)
 
 
 def _poll_header(view: VideoJob) -> Mapping[str, str]:

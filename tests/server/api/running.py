@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ TIMING = {
     "pack": 3.0,
     "store": 1.0,
 }
+
+PATIENCE_S = 120.0
 
 
 class Worker:
@@ -79,8 +82,9 @@ class Worker:
 
     def start(self) -> tuple[Lease, Job]:
         """Lease the next job, waiting for it, and start it."""
+        deadline = time.monotonic() + PATIENCE_S
         while not (leases := self.queue.read(1, block_ms=1000)):
-            pass
+            assert time.monotonic() < deadline, "no job comes"
         started = self.queue.start(leases)[0]
         assert started.job is not None, started.dropped
         return leases[0], started.job

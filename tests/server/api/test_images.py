@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -403,3 +404,39 @@ async def test_openais_route_gives_up_at_the_deadline(settings: Settings) -> Non
         response = await api.client.post("/v1/images/generations", json={"prompt": "a red cube", "steps": 1})
 
         assert error_of(response) == (504, "deadline_exceeded", None)
+
+
+@pytest.mark.parametrize("public_url", ["https://pictures.example.com", "https://example.com:8443/tdm/"])
+async def test_links_lead_where_the_operator_says(redis_url: str, tmp_path: Path, public_url: str) -> None:
+    settings = Settings(redis_url=redis_url, data_dir=tmp_path, public_url=public_url)
+    async with running_api(settings) as api:
+        api.worker.announce()
+        job = (await api.draw()).json()
+        (image,) = job["data"]
+        assert image["url"] == f"{public_url.rstrip('/')}/v1/images/{job['id']}/content?index=0"
+        waiting = await api.post({"wait_s": 0})
+        assert waiting.headers["location"] == f"{public_url.rstrip('/')}/v1/images/{waiting.json()['id']}"
+
+
+async def test_pages_of_named_origins_may_call_and_others_may_not(redis_url: str, tmp_path: Path) -> None:
+    settings = Settings(
+        redis_url=redis_url, data_dir=tmp_path, cors_origins="https://ui.example.com, http://localhost:3000"
+    )
+    async with running_api(settings) as api:
+        for origin, allowed in (("https://ui.example.com", True), ("https://elsewhere.example.com", False)):
+            asked = {
+                "access-control-request-method": "POST",
+                "access-control-request-headers": "idempotency-key",
+            }
+            preflight = await api.client.options("/v1/images", headers={"origin": origin, **asked})
+            assert (preflight.status_code == 200) is allowed
+            refused = await api.post({"n": 0}, headers={"origin": origin})  # it may read why
+            assert error_of(refused)[0] == 422
+            for answer in (preflight, refused):
+                told = answer.headers.get("access-control-allow-origin")
+                assert told == (origin if allowed else None)
+
+
+async def test_no_page_but_ours_may_call_unless_told(api: Api) -> None:
+    answer = await api.post({"n": 0}, headers={"origin": "https://ui.example.com"})
+    assert "access-control-allow-origin" not in answer.headers

@@ -95,3 +95,17 @@ def test_openais_route_names_what_it_cannot_honour_and_what_it_can(
 def test_openais_route_answers_with_bytes_unless_asked_for_urls() -> None:
     assert GenerationsRequest(prompt="a red cube").response_format == "b64_json"
     assert ImageRequest(prompt="a red cube").response_format == "url"
+
+
+def test_whole_number_may_be_written_with_a_point_as_far_as_that_is_exact() -> None:
+    body = ImageRequest(prompt="a", n=2.0, seed=float(2**53), steps=4.0, output_compression=80.0)  # type: ignore[arg-type]
+    assert (body.n, body.seed, body.steps, body.output_compression) == (2, 2**53, 4, 80)
+    assert all(type(value) is int for value in (body.n, body.seed, body.steps))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n", 1.5), ("n", True), ("n", "1"), ("seed", 1e16), ("steps", float("inf"))]
+)
+def test_other_numbers_are_no_whole_ones(field: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=field):
+        ImageRequest.model_validate({"prompt": "a", field: value})
