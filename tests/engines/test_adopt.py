@@ -137,12 +137,23 @@ def test_names_of_old_attention_processors_are_understood(network: Network, tmp_
     check(tmp_path / "lora.safetensors", weights, merged_by_peft(model))
 
 
+def coarse(network: nn.Module) -> nn.Module:
+    """The same with parameters of few digits: what is made of them is exact in float32, in whatever order."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            grid = 16 if "lora_" in name else 4096
+            parameter.copy_((parameter * grid).round() / grid)
+    return network
+
+
 def test_weights_keep_their_dtype_and_the_sum_is_rounded_once(network: Network, tmp_path: Path) -> None:
-    weights = {key: value.half() for key, value in network.state_dict().items()}
-    model = trained(network.half().float())
+    weights = {key: value.half() for key, value in coarse(network).state_dict().items()}
+    model = coarse(trained(network))
     save_file(get_peft_model_state_dict(model), tmp_path / "lora.safetensors")
     merged = merge_lora(weights, read_lora(tmp_path / "lora.safetensors"), ALPHA / RANK)
-    for key, tensor in merged_by_peft(model).items():
+    expected = merged_by_peft(model)
+    assert any(not torch.equal(tensor.half().float(), tensor) for tensor in expected.values())
+    for key, tensor in expected.items():
         assert torch.equal(merged[key], tensor.half())
 
 

@@ -6,10 +6,7 @@ from tests.mutants import engines
 from tests.mutants.mutant import Mutant
 
 SCRIPTS = "server/queue/lua"
-QUEUE = (
-    "tests/server/queue/test_queue.py tests/server/queue/test_leases.py tests/server/queue/test_fairness.py"
-    " tests/server/api/test_idempotency.py -k not [redis"
-)
+FAIRNESS = "tests/server/queue/test_fairness.py -k not [redis"
 VERBS = "tests/server/queue/test_queue.py tests/server/queue/test_leases.py -k not [redis"
 VERSIONS = "tests/server/queue/test_versions.py -k not [redis"
 BATCH_POLICY = "server/worker/batch_policy.py"
@@ -23,98 +20,98 @@ MUTANTS = (
         f"{SCRIPTS}/start.lua",
         'if not owns(version, consumer, entry) then return {"lost"} end',
         "",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "a job may kill any number of workers",
         f"{SCRIPTS}/start.lua",
         "if tonumber(at) >= tonumber(max_attempts) then",
         "if tonumber(at) >= 1000 then",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "a job past its deadline is started",
         f"{SCRIPTS}/start.lua",
         "if tonumber(now) >= tonumber(dl) then",
         "if tonumber(now) >= tonumber(dl) * 2 then",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "a heartbeat takes a reclaimed job back",
         f"{SCRIPTS}/extend.lua",
         "elseif not owns(version, consumer, entry) then",
         "elseif false then",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "the last finisher wins",
         f"{SCRIPTS}/complete.lua",
         "elseif terminal[st] then",
         "elseif st == 'cancelled' then",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "a worker that lost the job may fail it",
         f"{SCRIPTS}/fail.lua",
         'if not owns(version, consumer, ent) then return "stale" end',
         "",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "a finished job stays among the unfinished",
         f"{SCRIPTS}/_finish.lua",
         'redis.call("ZREM", live, id)',
         "",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "a finished job counts against its tenant",
         f"{SCRIPTS}/_finish.lua",
         'redis.call("ZREM", inflight_key(tn), id)',
         "",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "whoever waits is not told",
         f"{SCRIPTS}/_finish.lua",
         'for boot in string.gmatch(rp, "%S+") do',
         'for boot in string.gmatch("", "%S+") do',
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "a key gives another body the same job",
         f"{SCRIPTS}/enqueue.lua",
         'if st and holder_fp ~= fp then return {"mismatch", holder, 0} end',
         "",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "a key is forgotten at once",
         f"{SCRIPTS}/enqueue.lua",
         'if st then return {"dup", holder, 0} end',
         "",
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "priorities have no weight",
         f"{SCRIPTS}/_pump.lua",
         "local weights = {high = 8, normal = 3, low = 1}",
         "local weights = {high = 1, normal = 1, low = 1}",
-        QUEUE,
+        FAIRNESS,
     ),
     Mutant(
         "a tenant's jobs come before everybody's",
         f"{SCRIPTS}/_pump.lua",
         'if redis.call("EXISTS", list) == 1 then redis.call("RPUSH", ring_key(priority), tenant) end',
         'if redis.call("EXISTS", list) == 1 then redis.call("LPUSH", ring_key(priority), tenant) end',
-        QUEUE,
+        FAIRNESS,
     ),
     Mutant(
         "the newest finished jobs are forgotten first",
         f"{SCRIPTS}/_accept.lua",
         '"ZPOPMIN"',
         '"ZPOPMAX"',
-        QUEUE,
+        VERBS,
     ),
     Mutant(
         "an earlier attempt may fail the next one",
