@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -91,15 +92,22 @@ class Child:
             backoff_s = min(2 * backoff_s, self._max_backoff_s)
 
     async def run_once(self) -> int:
-        """Run the process to its end, and end what it leaves behind in its process group.
+        """Run the process to its end, then end what it leaves behind: its process group, its temporary files.
+
+        Compiled code is unpacked into them, megabytes that a killed process cannot take away itself.
 
         Returns:
             Its exit status, negative for the signal that killed it.
         """
+        prefix = f"tdm-{self.name.replace(' ', '-')}-"
+        with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as folder:
+            return await self._live({**self._env, "TMPDIR": folder})
+
+    async def _live(self, env: Mapping[str, str]) -> int:
         self._process = process = await asyncio.create_subprocess_exec(
             sys.executable,
             *self._command,
-            env=self._env,
+            env=env,
             stdin=asyncio.subprocess.DEVNULL,
             pass_fds=self._pass_fds,
             process_group=0,

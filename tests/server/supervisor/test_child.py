@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 from server.supervisor.child import Child, describe_exit
 from tests.server.conftest import poll
@@ -46,6 +48,26 @@ async def running(
 
 async def until(look: Callable[[], object]) -> None:
     await asyncio.to_thread(poll, look)
+
+
+async def test_killed_process_leaves_no_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # which the children inherit
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    unpacks = "import sys, tempfile; open(tempfile.mkdtemp() + '/code.so', 'w').close(); " + SLEEPER
+    file = tmp_path / "pids"
+
+    def left() -> list[str]:
+        return sorted(path.name for path in tmp_path.rglob("*"))
+
+    async with running(file, unpacks):
+        await until(lambda: len(pids_in(file)) == 1)
+        assert [name for name in left() if name.startswith("code")] == ["code.so"]
+        os.kill(pids_in(file)[0], signal.SIGKILL)
+        await until(lambda: len(pids_in(file)) == 2)
+        assert [name for name in left() if name.startswith("code")] == ["code.so"]
+    assert left() == [file.name]
 
 
 async def test_killed_process_is_started_again(tmp_path: Path) -> None:
