@@ -189,7 +189,7 @@ def test_make_test_runs_the_whole_suite(checkout: Path, user_environment: dict[s
     first_run, *_ = re.findall(r"-m pytest (.*)", (checkout / ".ci/tests").read_text(encoding="utf-8"))
     # Nothing chosen: no path, no marker, no expression but the caller's own.
     assert first_run == (
-        '--numprocesses "$processes" --dist loadfile --no-loadscope-reorder "$@" || status=$?'
+        '--numprocesses "$processes" --dist loadfile --no-loadscope-reorder --durations 25 "$@" || status=$?'
     )
     installs = [line for line in lines if "pip install" in line]
     assert installs
