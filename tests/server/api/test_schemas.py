@@ -23,7 +23,7 @@ def problem(model: type[ImageRequest | GenerationsRequest], **fields: Any) -> tu
         ({"n": 11}, ("n", "less_than_equal")),
         ({"n": "2"}, ("n", "int_type")),
         ({"n": True}, ("n", "int_type")),
-        ({"n": 1.0}, ("n", "int_type")),
+        ({"n": 1.5}, ("n", "int_type")),
         ({"seed": -1}, ("seed", "greater_than_equal")),
         ({"seed": 2**63}, ("seed", "less_than_equal")),
         ({"steps": 0}, ("steps", "greater_than_equal")),
