@@ -194,18 +194,19 @@ async def test_worker_that_wakes_up_after_its_lane_went_away_gets_jobs_again(
     assert draw(trial) == [job.id]
 
 
+@pytest.mark.parametrize("version", [OLD, NEW])
 async def test_handed_back_job_keeps_its_version_and_counts_once(
-    queue: JobQueue, routes: Routes, new: NewJob, make_worker: MakeWorker
+    version: str, queue: JobQueue, routes: Routes, new: NewJob, make_worker: MakeWorker
 ) -> None:
-    old = make_worker("old", version=OLD)
-    leaving, staying = make_worker("new 1", version=NEW), make_worker("new 2", version=NEW)
+    other = make_worker("other", version=NEW if version == OLD else OLD)
+    leaving, staying = make_worker("leaving", version=version), make_worker("staying", version=version)
     decide(routes, base=OLD, next=NEW, share=50)
     jobs = await enqueue(queue, [new() for _ in range(4)])
     leases = leaving.read(4)
     assert leaving.hand_back(leases) == 2
     leaving.leave()
     assert draw(staying) == [lease.job_id for lease in leases]
-    assert sorted([*draw(old), *(lease.job_id for lease in leases)]) == sorted(job.id for job in jobs)
+    assert sorted([*draw(other), *(lease.job_id for lease in leases)]) == sorted(job.id for job in jobs)
     assert (routes.get(MODEL).dealt, routes.get(MODEL).to_next) == (4, 2)
 
 
