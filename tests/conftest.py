@@ -19,6 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
     And let SIGINT mean something to all of them: a script that starts the run in its background has it
     ignored, and what is ignored is inherited.
     """
+    # Inductor compiles some files in every build to learn whether the compiler knows this CPU's instructions.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):

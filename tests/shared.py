@@ -54,7 +54,9 @@ def compiled_bundle(factory: pytest.TempPathFactory) -> Path:
 
 def compile_bundle(student: Path, out: Path) -> None:
     """Build with compiled code. Where `out` is the bundle of a student of the same shapes, its code stays."""
-    _build(student, out, "--backends", "aotinductor", "--threads", "1", "--decode-dtype", "float32")
+    # one process: while others use the other cores, a second one would only import all libraries again
+    options = ("--backends", "aotinductor", "--threads", "1", "--decode-dtype", "float32", "--jobs", "1")
+    _build(student, out, *options)
 
 
 def compiled_video_bundle(factory: pytest.TempPathFactory) -> Path:

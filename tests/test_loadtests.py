@@ -106,15 +106,15 @@ def test_smoke_asks_for_every_client_error() -> None:
 
 
 @pytest.mark.slow
-def test_benchmark_measures_both_servers_on_the_same_pictures(bundle: Path, tmp_path: Path) -> None:
+def test_benchmark_measures_both_servers_on_the_same_pictures(image_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     plan = ["--rounds=1", "--seconds=2", "--warm-up=0.5", "--concurrency=4", "--idle-requests=5"]
-    assert bench.main(["--bundle", str(bundle), "--out", str(out), *plan]) == 0
+    assert bench.main(["--bundle", str(image_bundle), "--out", str(out), *plan]) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
     assert {"hardware", "versions", "commit", "plan", "rounds", "medians"} <= result.keys()
     assert len(result["medians"]) == 2
     assert all(medians["pictures_per_s"] > 0 for medians in result["medians"].values())
-    # Eager against diffusers: the same arithmetic up to the order of additions.
+    # Compiled code against diffusers: the same arithmetic up to the order of additions.
     assert result["largest_pixel_difference"] <= 2
 
 

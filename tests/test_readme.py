@@ -64,7 +64,7 @@ def user_environment() -> dict[str, str]:
 
     PYTHON names the interpreter this one was made from, where `python3` might be an older one.
     """
-    left_out = ("MAKE", "MFLAGS", "TDM_", "VIRTUAL_ENV", "PYTEST_", "PYTHON", "VENV", "ARGS")
+    left_out = ("MAKE", "MFLAGS", "TDM_", "VIRTUAL_ENV", "PYTEST_", "PYTHON", "VENV", "ARGS", "TORCH")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     path = [entry for entry in kept["PATH"].split(os.pathsep) if Path(entry) != Path(sys.executable).parent]
     return kept | {"PATH": os.pathsep.join(path), "PYTHON": sys._base_executable}  # type: ignore[attr-defined]

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from engines.bundle import read_manifest
-from engines.compile.aotinductor import CompileJob, bind_constants
-from engines.compile.build import _compile_all
+from engines.compile.aotinductor import CompileJob, bind_constants, compile_stage
 from engines.compile.export import example_inputs
 from engines.compile.fp8 import RowwiseLinear, is_quantised, quantise_denoiser
 from engines.compile.parity import MIN_COSINE, check_parity, compare, worst
-from engines.compile.progress import BuildProgress
 from engines.families.spec import get_family
 from engines.families.student import read_student
 from engines.platform import current_platform
 from engines.runtime.aotinductor import Binding, Constants, _as_bound
 from engines.runtime.rowwise import FLOAT8, LARGEST, dequantise_rows, quantise_rows
 from engines.runtime.stages import EagerStages, load_compiled_stage
-from tests.engines.conftest import build_settings
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox, make_tiny_sdxl
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -138,8 +136,9 @@ def test_packages_take_quantised_weights_from_the_checkpoint() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_compiled_float8_agrees_and_packages_for_one_size_share_its_weights(
-    tiny_student: Path, eager_bundle: Path, tmp_path: Path
+    eager_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where inductor is to keep its files
     bundle = shutil.copytree(eager_bundle, tmp_path / "bundle")
     manifest = read_manifest(bundle)
     spec = manifest.stages[1].model_copy(update={"compute_dtype": "float8"})
@@ -155,8 +154,9 @@ def test_compiled_float8_agrees_and_packages_for_one_size_share_its_weights(
         )
         for min_batch, max_batch in ((1, 4), (2, 2))
     ]
-    with BuildProgress(Console(quiet=True), len(jobs)) as progress:
-        engines = _compile_all(jobs, build_settings(tiny_student, bundle), progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of inductor's
+        engines = [compile_stage(job) for job in jobs]
     assert [Path(engine.path).name.rpartition("-")[0] for engine in engines] == [
         "denoise-64x64",
         "denoise-64x64-b2",
