@@ -13,11 +13,14 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from engines.bucket import Bucket
 
 MAX_SEED = 2**63
+# `json.dumps` makes an encoder anew for each call that asks for anything but the default.
+_encode_sorted = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 class JobKind(StrEnum):
@@ -201,8 +204,7 @@ def fingerprint(request: GenerationRequest, *, model: str | None = None, seed_gi
         asked["fps"] = request.fps
     if model is not None:
         asked["model"] = model
-    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(_encode_sorted(asked).encode()).hexdigest()
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -217,6 +219,7 @@ def is_over(job: Job, ttl_s: float, now_ms: int) -> bool:
     return job.deleted_ms is not None or (job.finished_ms or 0) + ttl_s * 1000 <= now_ms
 
 
+@lru_cache(maxsize=1024)
 def model_tag(model: str) -> str:
     """Four hex digits that end every job id of `model`, so an id alone leads to its queue class."""
     return hashlib.sha256(model.encode()).hexdigest()[:4]
@@ -247,14 +250,19 @@ def new_job(
     priority: Priority = Priority.NORMAL,
     tenant: str = "public",
     traceparent: str | None = None,
+    asked: str | None = None,
 ) -> Job:
-    """A queued job with a fresh id and the fingerprint of its request."""
+    """A queued job with a fresh id.
+
+    Args:
+        asked: fingerprint of what was asked for; None takes that of `request`.
+    """
     return Job(
         id=new_job_id(kind, model, now_ms),
         kind=kind,
         model=model,
         request=request,
-        fingerprint=fingerprint(request),
+        fingerprint=fingerprint(request) if asked is None else asked,
         created_ms=now_ms,
         deadline_ms=deadline_ms,
         priority=priority,

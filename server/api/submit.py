@@ -94,9 +94,13 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
 
     now_ms = services.now_ms()
     job = new_job(
-        kind=kind, model=model.name, request=request, now_ms=now_ms, deadline_ms=now_ms + deadline_ms
+        kind=kind,
+        model=model.name,
+        request=request,
+        now_ms=now_ms,
+        deadline_ms=now_ms + deadline_ms,
+        asked=_fingerprint(body, request, model.name),
     )
-    job = replace(job, fingerprint=_fingerprint(body, request, model.name))
     with services.metrics.redis_op.labels("enqueue").time():
         result = await services.queue.enqueue(job, idempotency_key=idempotency_key, admit=not decision.reason)
     if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):

@@ -247,7 +247,7 @@ class JobQueue:
             pipeline.zrange(waiting_key(model, priority), 0, 0, withscores=True)
         pipeline.zcard(f"{prefix}:live")
         pipeline.xlen(f"{prefix}:dead")
-        pipeline.zcard(f"{prefix}:ended")
+        pipeline.zcount(f"{prefix}:ended", f"({now_ms}", "+inf")
         pipeline.hget(f"{prefix}:pump", "forgotten")
         pipeline.zrangebyscore(f"{prefix}:alive", f"({now_ms}", "+inf")
         pipeline.hgetall(f"{prefix}:w")

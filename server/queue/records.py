@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from engines.bucket import Bucket
 from server.job import GenerationRequest, Job, JobError, JobKind, JobStatus, OutputRef, Priority
 
 MAX_REQUEST_BYTES = 64 * 1024
+
+# `json.dumps` makes an encoder anew for each call that asks for anything but the default.
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_OUTPUT_FIELDS = tuple(one.name for one in fields(OutputRef))
+_bucket = lru_cache(maxsize=256)(Bucket)
 
 
 class UnreadableJobError(ValueError):
@@ -126,7 +132,7 @@ def dump_request(request: GenerationRequest) -> str:
     }
     if request.fps is not None:
         fields["fps"] = request.fps
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+    text = _encode(fields)
     size = len(text.encode())
     if size > MAX_REQUEST_BYTES:
         raise ValueError(f"request of {size} bytes: at most {MAX_REQUEST_BYTES} go through the queue")
@@ -145,7 +151,7 @@ def load_request(text: str) -> GenerationRequest:
         return GenerationRequest(
             prompt=str(read["prompt"]),
             num_samples=max(1, int(read["n"])),
-            bucket=Bucket(int(read["height"]), int(read["width"]), int(read.get("frames") or 1)),
+            bucket=_bucket(int(read["height"]), int(read["width"]), int(read.get("frames") or 1)),
             seed=int(read["seed"]),
             num_steps=int(read["num_steps"]),
             output_format=str(read["output_format"]),
@@ -158,7 +164,7 @@ def load_request(text: str) -> GenerationRequest:
 
 def dump_outputs(outputs: Sequence[OutputRef]) -> str:
     """JSON form of a job's outputs."""
-    return json.dumps([asdict(output) for output in outputs])
+    return json.dumps([{name: getattr(output, name) for name in _OUTPUT_FIELDS} for output in outputs])
 
 
 def dump_error(error: JobError) -> str:

@@ -7,9 +7,8 @@ local function finish(id, status, now, fields)
   redis.call("HSET", key, "st", status, "end", now, unpack(fields))
   redis.call("HDEL", key, "ent", "cx")
   redis.call("PEXPIRE", key, ttl)
-  redis.call("ZADD", ended, now, id)
+  redis.call("ZADD", ended, now + ttl, id) -- when its record expires; `expire` takes it out
   redis.call("PEXPIRE", ended, ttl)
-  redis.call("ZREMRANGEBYSCORE", ended, "-inf", now - ttl) -- their records have expired
   redis.call("ZREM", waiting_key(pr), id)
   redis.call("ZREM", live, id)
   redis.call("ZREM", inflight_key(tn), id)
