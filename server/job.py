@@ -19,6 +19,8 @@ from typing import Any
 from engines.bucket import Bucket
 
 MAX_SEED = 2**63
+UNMEASURED_MS = 100.0
+"""What a sample is taken to cost where nothing was measured: turns and deadlines need a number."""
 # `json.dumps` makes an encoder anew for each call that asks for anything but the default.
 _encode_sorted = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
@@ -139,6 +141,7 @@ class Job:
     Attributes:
         id: `img_…` or `vid_…` from `new_job_id`.
         model: bundle name; also the queue class.
+        cost_ms: predicted engine time of all its samples, in full batches; at least 0.001.
         fingerprint: of the request; the same idempotency key with another fingerprint is a mismatch.
         attempt: how often a worker has started it.
         deadline_ms: unix ms after which it is failed with code `deadline` instead of started.
@@ -154,6 +157,7 @@ class Job:
     kind: JobKind
     model: str
     request: GenerationRequest
+    cost_ms: float
     fingerprint: str
     created_ms: int
     deadline_ms: int
@@ -251,17 +255,20 @@ def new_job(
     tenant: str = "public",
     traceparent: str | None = None,
     asked: str | None = None,
+    cost_ms: float | None = None,
 ) -> Job:
     """A queued job with a fresh id.
 
     Args:
         asked: fingerprint of what was asked for; None takes that of `request`.
+        cost_ms: predicted engine time; None where nothing was measured.
     """
     return Job(
         id=new_job_id(kind, model, now_ms),
         kind=kind,
         model=model,
         request=request,
+        cost_ms=UNMEASURED_MS * request.num_samples if cost_ms is None else cost_ms,
         fingerprint=fingerprint(request) if asked is None else asked,
         created_ms=now_ms,
         deadline_ms=deadline_ms,
