@@ -39,3 +39,14 @@ def _predict_ms(
     manifest: Manifest, bucket: Bucket, num_steps: int, backend: Backend, num_samples: int
 ) -> float:
     return manifest.predict_ms(bucket, num_steps, num_samples, backend)
+
+
+def job_cost_ms(batch_ms: Callable[[int], float], num_samples: int, max_batch: int) -> float:
+    """Predicted engine time of a job's samples in full batches: its part of what a saturated worker does.
+
+    Args:
+        batch_ms: as `batch_cost` returns it.
+        num_samples: of the job.
+        max_batch: samples that one worker runs at once.
+    """
+    return num_samples * batch_ms(max_batch) / max_batch

@@ -13,11 +13,16 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from engines.bucket import Bucket
 
 MAX_SEED = 2**63
+UNMEASURED_MS = 100.0
+"""What a sample is taken to cost where nothing was measured: turns and deadlines need a number."""
+# `json.dumps` makes an encoder anew for each call that asks for anything but the default.
+_encode_sorted = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 class JobKind(StrEnum):
@@ -60,7 +65,8 @@ class JobErrorCode(StrEnum):
 
     DEADLINE: it passed. POISON: each worker that started it died. STORAGE: the result store did not answer.
     OUT_OF_MEMORY: one sample does not fit. GENERATION_FAILED: the engine failed on it. INVALID_REQUEST: its
-    record cannot be read. INTERNAL: the finished samples could not be packed.
+    record cannot be read. NOT_SERVED: no bundle that generates such samples is served any longer.
+    INTERNAL: the finished samples could not be packed.
     """
 
     CANCELLED = "cancelled"
@@ -70,6 +76,7 @@ class JobErrorCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     GENERATION_FAILED = "generation_failed"
     INVALID_REQUEST = "invalid_request"
+    NOT_SERVED = "not_served"
     INTERNAL = "internal"
 
 
@@ -136,6 +143,7 @@ class Job:
     Attributes:
         id: `img_…` or `vid_…` from `new_job_id`.
         model: bundle name; also the queue class.
+        cost_ms: predicted engine time of all its samples, in full batches; at least 0.001.
         fingerprint: of the request; the same idempotency key with another fingerprint is a mismatch.
         attempt: how often a worker has started it.
         deadline_ms: unix ms after which it is failed with code `deadline` instead of started.
@@ -151,6 +159,7 @@ class Job:
     kind: JobKind
     model: str
     request: GenerationRequest
+    cost_ms: float
     fingerprint: str
     created_ms: int
     deadline_ms: int
@@ -201,8 +210,7 @@ def fingerprint(request: GenerationRequest, *, model: str | None = None, seed_gi
         asked["fps"] = request.fps
     if model is not None:
         asked["model"] = model
-    canonical = json.dumps(asked, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return hashlib.sha256(_encode_sorted(asked).encode()).hexdigest()
 
 
 def sample_seed(seed: int, index: int) -> int:
@@ -217,6 +225,7 @@ def is_over(job: Job, ttl_s: float, now_ms: int) -> bool:
     return job.deleted_ms is not None or (job.finished_ms or 0) + ttl_s * 1000 <= now_ms
 
 
+@lru_cache(maxsize=1024)
 def model_tag(model: str) -> str:
     """Four hex digits that end every job id of `model`, so an id alone leads to its queue class."""
     return hashlib.sha256(model.encode()).hexdigest()[:4]
@@ -247,14 +256,22 @@ def new_job(
     priority: Priority = Priority.NORMAL,
     tenant: str = "public",
     traceparent: str | None = None,
+    asked: str | None = None,
+    cost_ms: float | None = None,
 ) -> Job:
-    """A queued job with a fresh id and the fingerprint of its request."""
+    """A queued job with a fresh id.
+
+    Args:
+        asked: fingerprint of what was asked for; None takes that of `request`.
+        cost_ms: predicted engine time; None where nothing was measured.
+    """
     return Job(
         id=new_job_id(kind, model, now_ms),
         kind=kind,
         model=model,
         request=request,
-        fingerprint=fingerprint(request),
+        cost_ms=UNMEASURED_MS * request.num_samples if cost_ms is None else cost_ms,
+        fingerprint=fingerprint(request) if asked is None else asked,
         created_ms=now_ms,
         deadline_ms=deadline_ms,
         priority=priority,

@@ -85,6 +85,9 @@ class Metrics:
 
         # Queue, api process: read from Redis by one task
         self.queue_waiting = gauge("queue_waiting", "Jobs that wait for a worker.", "class", "priority")
+        self.queue_backlog = gauge(
+            "queue_backlog_seconds", "Predicted engine time of the jobs that wait, over all workers.", "class"
+        )
         self.queue_inflight = gauge("queue_inflight", "Jobs that a worker holds.", "class")
         self.queue_oldest_age = gauge("queue_oldest_age_seconds", "Age of the oldest waiting job.", "class")
         self.workers_live = gauge("workers_live", "Workers with a fresh heartbeat.", "class")

@@ -13,7 +13,7 @@ from typing import Any
 from engines.bucket import Bucket
 from loadtests.queue.contender import Client, Engine, Promises
 from loadtests.queue.task import WrongResultError, request
-from server.job import GenerationRequest, Job, JobKind, OutputRef, new_job
+from server.job import UNMEASURED_MS, GenerationRequest, Job, JobKind, OutputRef, new_job
 from server.metrics import Metrics
 from server.queue.clock import system_now_ms
 from server.queue.job_queue import JobQueue
@@ -186,6 +186,7 @@ def _worker_info() -> WorkerInfo:
         version="0123456789ab",
         backend="null",
         max_batch=MAX_BATCH,
+        batch_ms=MAX_BATCH * UNMEASURED_MS,
         pid=1,
         host="here",
         started_ms=system_now_ms(),

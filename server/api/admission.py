@@ -35,13 +35,15 @@ class Load:
 
     Attributes:
         waiting: jobs in the queue.
-        running: jobs that workers hold.
+        waiting_ms: predicted engine time of those.
+        running_ms: of the jobs that workers hold, from their start.
         num_workers: live workers.
         max_batch: samples that one worker runs at once.
     """
 
     waiting: int
-    running: int
+    waiting_ms: float
+    running_ms: float
     num_workers: int
     max_batch: int
 
@@ -75,42 +77,53 @@ def decide(
         max_waiting: jobs that may wait.
         deadline_ms: time that the job has.
     """
-    eta_ms = predict_eta_ms(load, batch_ms, num_samples=num_samples)
+    own = own_ms(load, batch_ms, num_samples)
+    eta_ms = predict_eta_ms(load, own)
     if load.waiting >= max_waiting:
-        drain_ms = None if eta_ms is None else (load.waiting - max_waiting + 1) * _ms_per_job(load, batch_ms)
-        return Decision(
-            reason=Refusal.QUEUE,
-            eta_ms=eta_ms,
-            retry_after_ms=NO_WORKER_RETRY_MS if drain_ms is None else max(MIN_RETRY_MS, drain_ms),
-        )
+        return Decision(reason=Refusal.QUEUE, eta_ms=eta_ms, retry_after_ms=drain_ms(load, max_waiting))
     if eta_ms is not None and eta_ms > deadline_ms:
-        return Decision(
-            reason=Refusal.DEADLINE, eta_ms=eta_ms, retry_after_ms=max(MIN_RETRY_MS, eta_ms - deadline_ms)
-        )
+        return Decision(reason=Refusal.DEADLINE, eta_ms=eta_ms, retry_after_ms=late_ms(eta_ms, deadline_ms))
     return Decision(eta_ms=eta_ms)
 
 
-def predict_eta_ms(
-    load: Load, batch_ms: Callable[[int], float], *, num_samples: int, ahead: int | None = None
-) -> float | None:
-    """Predicted time until a job is finished; None with no live worker.
-
-    Jobs ahead count as one sample each, run in full batches: the queue does not know their sizes. That errs
-    on the early side where many ask for n > 1.
+def own_ms(load: Load, batch_ms: Callable[[int], float], num_samples: int) -> float:
+    """How long a worker takes for a job that it has to itself.
 
     Args:
         load: the queue as it is now.
         batch_ms: predicted time of one batch of the given number of samples.
         num_samples: samples that the job asks for.
-        ahead: jobs served before it; by default all that wait and run.
+    """
+    return math.ceil(num_samples / load.max_batch) * batch_ms(min(num_samples, load.max_batch))
+
+
+def predict_eta_ms(load: Load, own: float, *, ahead_ms: float | None = None) -> float | None:
+    """Predicted time until a job is finished; None with no live worker.
+
+    Args:
+        load: the queue as it is now.
+        own: its own time, from `own_ms`.
+        ahead_ms: engine time of the jobs served before it; by default of all that wait and run.
     """
     if load.num_workers == 0:
         return None
-    ahead = load.waiting + load.running if ahead is None else ahead
-    own_ms = math.ceil(num_samples / load.max_batch) * batch_ms(min(num_samples, load.max_batch))
-    return ahead * _ms_per_job(load, batch_ms) + own_ms
+    ahead_ms = load.waiting_ms + load.running_ms if ahead_ms is None else ahead_ms
+    return ahead_ms / load.num_workers + own
 
 
-def _ms_per_job(load: Load, batch_ms: Callable[[int], float]) -> float:
-    """How often a saturated system finishes one job."""
-    return batch_ms(load.max_batch) / (load.max_batch * load.num_workers)
+def max_ahead_ms(load: Load, own: float, deadline_ms: float) -> float | None:
+    """The most work of others with which a job still makes its deadline; None with no live worker."""
+    return max(0.0, deadline_ms - own) * load.num_workers if load.num_workers else None
+
+
+def drain_ms(load: Load, max_waiting: int) -> float:
+    """When a full queue will probably have a free place: waiting jobs are taken to be of a size."""
+    if load.num_workers == 0 or load.waiting == 0:
+        return NO_WORKER_RETRY_MS
+    num_to_go = max(1, load.waiting - max_waiting + 1)
+    return max(MIN_RETRY_MS, num_to_go * load.waiting_ms / load.waiting / load.num_workers)
+
+
+def late_ms(eta_ms: float, deadline_ms: float) -> float:
+    """How long until a job that would be too late by so much would not be."""
+    return max(MIN_RETRY_MS, eta_ms - deadline_ms)

@@ -104,6 +104,7 @@ async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
             for name, model in models.items():
                 for priority, waiting in model.stats.waiting.items():
                     metrics.queue_waiting.labels(name, priority).set(waiting)
+                metrics.queue_backlog.labels(name).set(model.stats.waiting_ms / 1000)
                 metrics.queue_inflight.labels(name).set(model.stats.running)
                 metrics.queue_oldest_age.labels(name).set(model.stats.oldest_age_ms / 1000)
                 metrics.jobs_kept.labels(name).set(model.stats.kept)

@@ -70,7 +70,8 @@ class ServedModel:
         workers = self.stats.workers
         return Load(
             waiting=self.stats.total_waiting,
-            running=self.stats.running,
+            waiting_ms=self.stats.waiting_ms,
+            running_ms=self.stats.running_ms,
             num_workers=len(workers),
             max_batch=min((worker.max_batch for worker in workers), default=max(self.manifest.batch_sizes)),
         )

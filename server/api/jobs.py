@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from server.api.admission import predict_eta_ms
+from server.api.admission import own_ms, predict_eta_ms
 from server.api.dependencies import Services
 from server.api.errors import (
     JobNotFoundError,
@@ -142,12 +142,11 @@ async def eta_of(services: Services, job: Job, position: int | None) -> float | 
     batch_ms = model.batch_ms(job.request.bucket, job.request.num_steps) if model is not None else None
     if model is None or batch_ms is None:
         return None
-    return predict_eta_ms(
-        model.load,
-        batch_ms,
-        num_samples=job.request.num_samples,
-        ahead=0 if position is None else position + model.stats.running,
-    )
+    load = model.load
+    ahead_ms = 0.0
+    if position is not None:  # the queue adds up the work of all that wait: take theirs to be of a size
+        ahead_ms = load.running_ms + load.waiting_ms * min(1.0, position / max(1, load.waiting))
+    return predict_eta_ms(load, own_ms(load, batch_ms, job.request.num_samples), ahead_ms=ahead_ms)
 
 
 async def require_done(services: Services, job: Job) -> None:

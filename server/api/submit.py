@@ -8,7 +8,18 @@ from dataclasses import dataclass, replace
 
 from engines.bucket import Bucket
 from engines.bundle import Manifest
-from server.api.admission import MIN_RETRY_MS, NO_WORKER_RETRY_MS, Decision, Refusal, decide
+from server.api.admission import (
+    MIN_RETRY_MS,
+    NO_WORKER_RETRY_MS,
+    Decision,
+    Refusal,
+    decide,
+    drain_ms,
+    late_ms,
+    max_ahead_ms,
+    own_ms,
+    predict_eta_ms,
+)
 from server.api.catalog import ServedModel
 from server.api.dependencies import Services
 from server.api.errors import (
@@ -28,17 +39,15 @@ from server.api.errors import (
 )
 from server.api.schemas import DrawingRequest, SampleRequest, VideoRequest
 from server.api.views import seconds_of
-from server.job import GenerationRequest, JobKind, fingerprint, new_job
-from server.queue.records import EnqueueStatus
+from server.cost import job_cost_ms
+from server.job import UNMEASURED_MS, GenerationRequest, JobKind, fingerprint, new_job
+from server.queue.records import EnqueueResult, EnqueueStatus
 
 MAX_RANDOM_SEED = 2**32
 """Random seeds stay below this: JavaScript clients read integers beyond 2**53 wrongly."""
 
 MEMORY_RETRY_MS = 5_000.0
 """A full Redis gets room when jobs end, or when somebody gives it more: not at once."""
-
-UNMEASURED_MS = 1000.0
-"""Taken for a batch of a bundle that was never measured, to admit by."""
 
 DEFAULT_FPS = 8
 """Of a video bundle that does not say."""
@@ -79,10 +88,12 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
     deadline_ms = round(services.settings.deadline_s(kind) * 1000)
     model = await services.catalog.find(body.model, kind=kind)
     request = _complete(body, model.manifest)
-    batch_ms = model.batch_ms(request.bucket, request.num_steps)
+    load = model.load
+    measured = model.batch_ms(request.bucket, request.num_steps)
+    batch_ms = measured or (lambda num_samples: UNMEASURED_MS * num_samples)
     decision = decide(
-        model.load,
-        batch_ms or (lambda _: UNMEASURED_MS),
+        load,
+        batch_ms,
         num_samples=request.num_samples,
         max_waiting=services.settings.max_queue,
         deadline_ms=deadline_ms,
@@ -92,26 +103,45 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
         _count_refusal(services, model, decision.reason)
         raise _refusal(decision, services, model)
 
+    own = own_ms(load, batch_ms, request.num_samples)
     now_ms = services.now_ms()
     job = new_job(
-        kind=kind, model=model.name, request=request, now_ms=now_ms, deadline_ms=now_ms + deadline_ms
+        kind=kind,
+        model=model.name,
+        request=request,
+        now_ms=now_ms,
+        deadline_ms=now_ms + deadline_ms,
+        asked=_fingerprint(body, request, model.name),
+        cost_ms=job_cost_ms(batch_ms, request.num_samples, load.max_batch),
     )
-    job = replace(job, fingerprint=_fingerprint(body, request, model.name))
     with services.metrics.redis_op.labels("enqueue").time():
-        result = await services.queue.enqueue(job, idempotency_key=idempotency_key, admit=not decision.reason)
+        result = await services.queue.enqueue(
+            job,
+            idempotency_key=idempotency_key,
+            admit=not decision.reason,
+            max_ahead_ms=max_ahead_ms(load, own, deadline_ms),
+        )
     if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
         result = replace(result, status=EnqueueStatus.DUP)
     if result.status not in (EnqueueStatus.OK, EnqueueStatus.DUP) or result.job_id is None:
         if decision.reason and result.status is EnqueueStatus.QUEUE_FULL:
             _count_refusal(services, model, decision.reason)
             raise _refusal(decision, services, model)
+        eta_ms = predict_eta_ms(load, own, ahead_ms=result.ahead_ms)
+        if result.status is EnqueueStatus.LATE and eta_ms is not None:  # others came since the load was read
+            retry_after_ms = late_ms(eta_ms, deadline_ms)
+            late = Decision(reason=Refusal.DEADLINE, eta_ms=eta_ms, retry_after_ms=retry_after_ms)
+            _count_refusal(services, model, Refusal.DEADLINE)
+            raise _refusal(late, services, model)
         _count_refusal(services, model, _REASONS.get(result.status, Refusal.IDEMPOTENCY))
-        raise _enqueue_error(result.status, decision, services, model)
+        raise _enqueue_error(result, decision, services, model)
+    is_new = result.status is EnqueueStatus.OK
+    eta_ms = predict_eta_ms(load, own, ahead_ms=result.ahead_ms) if is_new else decision.eta_ms
     return Accepted(
         job_id=result.job_id,
         attached=result.status is EnqueueStatus.DUP,
         position=result.position,
-        eta_ms=None if batch_ms is None else decision.eta_ms,
+        eta_ms=None if measured is None else eta_ms,
     )
 
 
@@ -304,10 +334,10 @@ def _refusal(decision: Decision, services: Services, model: ServedModel) -> ApiE
 
 
 def _enqueue_error(
-    status: EnqueueStatus, decision: Decision, services: Services, model: ServedModel
+    result: EnqueueResult, decision: Decision, services: Services, model: ServedModel
 ) -> ApiError:
-    # The load that was read a moment ago still had room, so what it predicts for one job is the best hint
-    # there is.
+    status, max_waiting = result.status, services.settings.max_queue
+    # For want of anything better: when one job of its size will have been done.
     retry_after_ms = max(MIN_RETRY_MS, decision.retry_after_ms or decision.eta_ms or NO_WORKER_RETRY_MS)
     if status is EnqueueStatus.MISMATCH:
         return IdempotencyMismatchError(
@@ -320,7 +350,8 @@ def _enqueue_error(
             "the queue's memory is full, and nothing in it is finished; try again later",
             retry_after_ms=max(MEMORY_RETRY_MS, retry_after_ms),
         )
+    load = replace(model.load, waiting=result.position, waiting_ms=result.ahead_ms)
     return QueueFullError(
-        f"{services.settings.max_queue} jobs wait for {model.name}, which is all that may; try again later",
-        retry_after_ms=retry_after_ms,
+        f"{max_waiting} jobs wait for {model.name}, which is all that may; try again later",
+        retry_after_ms=drain_ms(load, max_waiting),
     )

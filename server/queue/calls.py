@@ -7,7 +7,7 @@ that travel together share one sync, and the cost of a round trip. One that is a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 import redis.asyncio
@@ -39,6 +39,8 @@ class Calls:
         self._underway: set[asyncio.Task[None]] = set()
         self._loading: dict[str, asyncio.Future[Any]] = {}
         self._heard_at = 0.0
+        self._asked: dict[asyncio.Future[Any], float] = {}
+        self._check: asyncio.TimerHandle | None = None
 
     async def verb(self, verb: str, prefix: str, *args: str | int) -> Any:
         """Run lua/<verb>.lua on the class with this key prefix.
@@ -71,7 +73,7 @@ class Calls:
         if len(self._waiting) == 1:
             asyncio.get_running_loop().call_soon(self._send)
         try:
-            return await self.unless_silent(future)
+            return await self._unless_silent(future)
         finally:
             future.cancel()  # of no effect once it is done; else its reply is for nobody
 
@@ -81,23 +83,58 @@ class Calls:
         Raises:
             redis.exceptions.TimeoutError: none came for `SILENCE_S`.
         """
-        waiting = asyncio.ensure_future(reply)
-        asked_at = asyncio.get_running_loop().time()
+        task = asyncio.ensure_future(reply)
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        task.add_done_callback(lambda _: _pass_on(task, future))
         try:
-            while True:
-                done, _ = await asyncio.wait({waiting}, timeout=SILENCE_S)
-                if not done:
-                    done, _ = await asyncio.wait({waiting}, timeout=GRACE_S)
-                if done:
-                    self._heard_at = max(self._heard_at, asked_at)
-                    return await waiting
-                if asyncio.get_running_loop().time() - self._heard_at > SILENCE_S:
-                    raise NoAnswerError(f"Redis has not answered for {SILENCE_S:g} s")
+            return await self._unless_silent(future)
         finally:
-            waiting.cancel()
+            task.cancel()
+
+    async def _unless_silent(self, future: asyncio.Future[T]) -> T:
+        """Wait for a future that the silence check may fail. One timer serves all who wait."""
+        loop = asyncio.get_running_loop()
+        self._asked[future] = asked_at = loop.time()
+        if self._check is None:
+            self._check = loop.call_later(SILENCE_S, self._check_silence)
+        try:
+            result = await future
+        finally:
+            del self._asked[future]
+        self._heard_at = max(self._heard_at, asked_at)
+        return result
+
+    def _check_silence(self, suspected: Sequence[asyncio.Future[Any]] = ()) -> None:
+        """Tell all who have waited for `SILENCE_S` while nothing was heard, once a moment has confirmed it.
+
+        Args:
+            suspected: found by the check of a moment ago.
+        """
+        loop = asyncio.get_running_loop()
+        self._check = None
+        if not self._asked:
+            return  # the next one to wait starts it again
+        horizon = loop.time() - SILENCE_S
+        is_silent = self._heard_at < horizon
+        if is_silent:
+            for future in suspected:
+                if future in self._asked and not future.done():
+                    future.set_exception(NoAnswerError(f"Redis has not answered for {SILENCE_S:g} s"))
+        late = [future for future, asked_at in self._asked.items() if asked_at <= horizon and is_silent]
+        late = [future for future in late if not future.done()]
+        if late:
+            self._check = loop.call_later(GRACE_S, self._check_silence, late)
+            return
+        # The first moment at which one of them can have waited for so long without a word.
+        oldest = next((at for future, at in self._asked.items() if not future.done()), loop.time())
+        due_at = max(oldest, self._heard_at) + SILENCE_S
+        self._check = loop.call_at(due_at, self._check_silence)
 
     async def close(self) -> None:
         """Cancel whoever still waits for a reply."""
+        if self._check is not None:
+            self._check.cancel()
+            self._check = None
         for _, future in self._waiting:
             future.cancel()
         self._waiting.clear()
@@ -142,3 +179,16 @@ class Calls:
                 future.set_exception(reply)
             else:
                 future.set_result(reply)
+
+
+def _pass_on(task: asyncio.Future[T], future: asyncio.Future[T]) -> None:
+    """Have a future end as a task did; its error is retrieved in any case."""
+    error = None if task.cancelled() else task.exception()
+    if future.done():
+        return
+    if task.cancelled():
+        future.cancel()
+    elif error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(task.result())

@@ -16,7 +16,7 @@ from server.job import ID_PREFIX, Job, JobError, JobKind, Priority, new_job
 from server.queue.clock import asked_each_time
 from server.queue.connection import connect
 from server.queue.keys import MODELS_KEY, class_prefix
-from server.queue.records import dump_request, load_request
+from server.queue.records import dump_cost, dump_request, load_request
 from server.queue.scripts import script
 
 PAGE = 500
@@ -41,6 +41,7 @@ class DeadLetter:
         ended_ms: when it was given up, unix ms.
         worker: consumer name of the last worker that started it.
         request: as it is stored: a letter is kept of what nobody could read, too.
+        cost_ms: as of `Job`.
     """
 
     job_id: str
@@ -53,6 +54,7 @@ class DeadLetter:
     ended_ms: int
     worker: str
     request: str
+    cost_ms: float
 
     @property
     def kind(self) -> JobKind:
@@ -115,9 +117,19 @@ class DeadLetters:
             deadline_ms=now_ms + round(deadline_s * 1000),
             priority=letter.priority,
             tenant=letter.tenant,
+            cost_ms=letter.cost_ms,
         )
         about = (job.id, job.tenant, job.priority, job.kind, dump_request(job.request), job.fingerprint)
-        args = (letter.entry, *about, job.created_ms, job.deadline_ms, result_ttl_s * 1000, "", "")
+        args = (
+            letter.entry,
+            *about,
+            job.created_ms,
+            job.deadline_ms,
+            result_ttl_s * 1000,
+            "",
+            "",
+            dump_cost(job.cost_ms),
+        )
         return Retried(str(self._retry(keys=[class_prefix(job.model)], args=args))), job
 
     def drop(self, letter: DeadLetter) -> bool:
@@ -146,4 +158,5 @@ def _letter(model: str, entry: str, fields: Mapping[str, str]) -> DeadLetter:
         ended_ms=int(fields["end"]),
         worker=fields["own"],
         request=fields["req"],
+        cost_ms=int(fields.get("cost", 0)) / 1000,
     )

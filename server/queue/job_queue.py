@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from server.queue.records import (
     EnqueueStatus,
     QueueStats,
     UnreadableJobError,
+    dump_cost,
     dump_request,
     load_job,
     load_worker,
@@ -103,7 +105,12 @@ class JobQueue:
         await self._calls.unless_silent(self._redis.execute_command("PING"))
 
     async def enqueue(
-        self, job: Job, *, idempotency_key: str | None = None, admit: bool = True
+        self,
+        job: Job,
+        *,
+        idempotency_key: str | None = None,
+        admit: bool = True,
+        max_ahead_ms: float | None = None,
     ) -> EnqueueResult:
         """Accept `job` or say why not, atomically.
 
@@ -112,6 +119,7 @@ class JobQueue:
             idempotency_key: scoped to the job's tenant, kept for 24 h and no longer than its job. Again with
                 the same class and fingerprint it gives DUP and the job it already has, else MISMATCH.
             admit: False only looks for the job that has the key; a new one is refused as QUEUE_FULL.
+            max_ahead_ms: with more work of unfinished jobs before it a new one is LATE; None: no limit.
         Raises:
             ValueError: request larger than 64 KiB, or key longer than 255 characters.
         """
@@ -120,23 +128,31 @@ class JobQueue:
                 f"idempotency key of {len(idempotency_key)} characters: 1 to {MAX_KEY_CHARS} allowed"
             )
         max_waiting = self._max_waiting if admit else 0
+        max_ahead_us = "" if max_ahead_ms is None else math.floor(max_ahead_ms * 1000)
         args = (
             *(job.id, job.tenant, job.priority, job.kind, dump_request(job.request), job.fingerprint),
             *(job.created_ms, job.deadline_ms, self._result_ttl_ms, job.traceparent or "", self._boot),
+            dump_cost(job.cost_ms),
             *(_digest(idempotency_key), IDEMPOTENCY_TTL_MS, max_waiting, self._max_live_per_tenant),
+            max_ahead_us,
         )
         accepted = False
         self._expected[job.id] = job  # before the call: the answer may overtake its reply
         try:
             await self._know(job.model)
-            status, job_id, position = await self._call("enqueue", job.model, *args)
+            status, job_id, position, ahead_us = await self._call("enqueue", job.model, *args)
             accepted = status == EnqueueStatus.OK
         except OutOfMemoryError:
             return EnqueueResult(status=EnqueueStatus.MEMORY)
         finally:
             if not accepted:
                 self._expected.pop(job.id, None)
-        return EnqueueResult(status=EnqueueStatus(status), job_id=job_id or None, position=int(position))
+        return EnqueueResult(
+            status=EnqueueStatus(status),
+            job_id=job_id or None,
+            position=int(position),
+            ahead_ms=int(ahead_us) / 1000,
+        )
 
     async def get(self, job_id: str) -> Job | None:
         """The job, or None where no such id is (any longer) known.
@@ -247,22 +263,25 @@ class JobQueue:
             pipeline.zrange(waiting_key(model, priority), 0, 0, withscores=True)
         pipeline.zcard(f"{prefix}:live")
         pipeline.xlen(f"{prefix}:dead")
-        pipeline.zcard(f"{prefix}:ended")
-        pipeline.hget(f"{prefix}:pump", "forgotten")
+        pipeline.zcount(f"{prefix}:ended", f"({now_ms}", "+inf")
+        pipeline.hgetall(f"{prefix}:pump")
         pipeline.zrangebyscore(f"{prefix}:alive", f"({now_ms}", "+inf")
         pipeline.hgetall(f"{prefix}:w")
         replies: list[Any] = await self._calls.unless_silent(pipeline.execute())
         num = len(Priority)
         waiting = dict(zip(Priority, replies[:num], strict=True))
         oldest = [score for first in replies[num : 2 * num] for _, score in first]
-        live, dead, kept, forgotten, alive, infos = replies[2 * num :]
+        live, dead, kept, pump, alive, infos = replies[2 * num :]
+        waiting_us = sum(int(pump.get(f"work:{priority}", 0)) for priority in Priority)
         return QueueStats(
             waiting=waiting,
             running=live - sum(waiting.values()),
             oldest_age_ms=max(0, now_ms - int(min(oldest))) if oldest else 0,
             dead=dead,
             kept=kept,
-            forgotten=int(forgotten or 0),
+            forgotten=int(pump.get("forgotten", 0)),
+            waiting_ms=waiting_us / 1000,
+            running_ms=(int(pump.get("work:live", 0)) - waiting_us) / 1000,
             workers=tuple(load_worker(infos[consumer]) for consumer in alive if consumer in infos),
         )
 

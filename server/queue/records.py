@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from engines.bucket import Bucket
-from server.job import GenerationRequest, Job, JobError, JobKind, JobStatus, OutputRef, Priority
+from server.job import (
+    UNMEASURED_MS,
+    GenerationRequest,
+    Job,
+    JobError,
+    JobKind,
+    JobStatus,
+    OutputRef,
+    Priority,
+)
 
 MAX_REQUEST_BYTES = 64 * 1024
+
+# `json.dumps` makes an encoder anew for each call that asks for anything but the default.
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_OUTPUT_FIELDS = tuple(one.name for one in fields(OutputRef))
+_bucket = lru_cache(maxsize=256)(Bucket)
 
 
 class UnreadableJobError(ValueError):
@@ -27,6 +43,7 @@ class EnqueueStatus(StrEnum):
     QUEUE_FULL = "queue_full"
     TENANT_FULL = "tenant_full"
     MEMORY = "memory"
+    LATE = "late"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +53,13 @@ class EnqueueResult:
     Attributes:
         job_id: the accepted job; for DUP and MISMATCH the one that already holds the idempotency key.
         position: jobs of the class that were waiting before it, an upper bound of those served earlier.
+        ahead_ms: predicted engine time of all that were unfinished before it.
     """
 
     status: EnqueueStatus
     job_id: str | None = None
     position: int = 0
+    ahead_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +71,7 @@ class WorkerInfo:
         version: content hash of the bundle it serves.
         backend: what really runs: "eager", "aotinductor", ...
         max_batch: most rows it runs at once.
+        batch_ms: predicted engine time of its dearest batch: as much work is to wait for it in its lane.
         buckets, num_steps: what the bundle draws; empty: anything.
         warnings: why it runs slower than it could, in words for `/readyz` and the log.
     """
@@ -62,6 +82,7 @@ class WorkerInfo:
     version: str
     backend: str
     max_batch: int
+    batch_ms: float
     pid: int
     host: str
     started_ms: int
@@ -76,6 +97,8 @@ class QueueStats:
 
     Attributes:
         waiting: queued jobs by priority.
+        waiting_ms: predicted engine time of those.
+        running_ms: of the jobs that workers hold, from their start.
         dead: dead letters that are kept.
         kept: finished jobs that are known.
         forgotten: finished jobs that were forgotten before their time because memory was short, ever.
@@ -87,6 +110,8 @@ class QueueStats:
     dead: int
     kept: int = 0
     forgotten: int = 0
+    waiting_ms: float = 0.0
+    running_ms: float = 0.0
     workers: tuple[WorkerInfo, ...]
 
     @property
@@ -103,6 +128,7 @@ def dump_worker(info: WorkerInfo) -> str:
 def load_worker(text: str) -> WorkerInfo:
     """Inverse of `dump_worker`."""
     read: dict[str, Any] = json.loads(text)
+    read.setdefault("batch_ms", UNMEASURED_MS * read["max_batch"])  # by a worker of an earlier version
     fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
     return WorkerInfo(**fields)
 
@@ -126,7 +152,7 @@ def dump_request(request: GenerationRequest) -> str:
     }
     if request.fps is not None:
         fields["fps"] = request.fps
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+    text = _encode(fields)
     size = len(text.encode())
     if size > MAX_REQUEST_BYTES:
         raise ValueError(f"request of {size} bytes: at most {MAX_REQUEST_BYTES} go through the queue")
@@ -145,7 +171,7 @@ def load_request(text: str) -> GenerationRequest:
         return GenerationRequest(
             prompt=str(read["prompt"]),
             num_samples=max(1, int(read["n"])),
-            bucket=Bucket(int(read["height"]), int(read["width"]), int(read.get("frames") or 1)),
+            bucket=_bucket(int(read["height"]), int(read["width"]), int(read.get("frames") or 1)),
             seed=int(read["seed"]),
             num_steps=int(read["num_steps"]),
             output_format=str(read["output_format"]),
@@ -156,9 +182,14 @@ def load_request(text: str) -> GenerationRequest:
         raise UnreadableJobError(f"unreadable request: {error!r}") from error
 
 
+def dump_cost(cost_ms: float) -> int:
+    """Microseconds, as the scripts add them up: whole, so that what comes and goes leaves nothing behind."""
+    return max(1, math.ceil(cost_ms * 1000))
+
+
 def dump_outputs(outputs: Sequence[OutputRef]) -> str:
     """JSON form of a job's outputs."""
-    return json.dumps([asdict(output) for output in outputs])
+    return json.dumps([{name: getattr(output, name) for name in _OUTPUT_FIELDS} for output in outputs])
 
 
 def dump_error(error: JobError) -> str:
@@ -190,6 +221,7 @@ def _load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
         kind=kind,
         model=model,
         request=request,
+        cost_ms=int(fields.get("cost", 0)) / 1000,
         fingerprint=fields["fp"],
         created_ms=int(fields["enq"]),
         deadline_ms=int(fields["dl"]),

@@ -8,7 +8,14 @@ from functools import cache
 from importlib.resources import files
 
 FUNCTION = re.compile(r"^local function (\w+)", re.MULTILINE)
-PARTS = ("_pump", "_accept", "_finish", "_back", "_lanes")  # each may use those before it, and all use _names
+PARTS = (
+    "_work",
+    "_pump",
+    "_accept",
+    "_finish",
+    "_back",
+    "_lanes",
+)  # each may use those before it, and all use _names
 VERBS = (
     "enqueue", "watch", "cancel", "delete", "expire",
     "beat", "leave", "start", "extend", "complete", "fail", "hand_back", "adopt",

@@ -23,7 +23,7 @@ from engines.errors import EngineError
 from engines.runtime.pipeline import Pipeline
 from engines.signature import read_key
 from server.cost import batch_cost
-from server.job import JobKind
+from server.job import UNMEASURED_MS, GenerationRequest, JobKind
 from server.metrics import Metrics, start_metrics_server
 from server.queue.clock import system_now_ms
 from server.queue.errors import QueueError
@@ -113,16 +113,17 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         As `run_worker`.
     """
     manifest = pipeline.manifest
-    info = _worker_info(pipeline)
-    queue = WorkerQueue(settings.redis_url, model=manifest.name, version=manifest.version, consumer=info.id)
     cost_ms = _cost_model(manifest, pipeline.backend)
+    slowest_ms = _slowest_ms(manifest, pipeline.backend)
+    info = _worker_info(pipeline, slowest_ms)
+    queue = WorkerQueue(settings.redis_url, model=manifest.name, version=manifest.version, consumer=info.id)
     heartbeat = Heartbeat(
         queue,
         info,
         manifest.model_dump_json(),
         metrics,
         lease_s=settings.lease_s,
-        stall_s=_stall_s(manifest, cost_ms),
+        stall_s=max(MIN_STALL_S, STALL_FACTOR * slowest_ms / 1000),
         on_stall=lambda: os._exit(EXIT_ENGINE_LOST),  # a hung device call never returns to an orderly end
     )
     store = ResultStore(settings.store_url)
@@ -146,6 +147,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         lease_s=settings.lease_s,
         stopping=stopping,
         settle=finisher.settle,
+        unserved=lambda request: _unserved(manifest, request),
         clock=queue.clock,
     )
     worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, clock=queue.clock)
@@ -196,7 +198,7 @@ def _announce(heartbeat: Heartbeat, stopping: threading.Event) -> bool:
     return False
 
 
-def _worker_info(pipeline: Pipeline) -> WorkerInfo:
+def _worker_info(pipeline: Pipeline, slowest_ms: float) -> WorkerInfo:
     manifest, host = pipeline.manifest, socket.gethostname()
     return WorkerInfo(
         id=f"{host}-{os.getpid()}-{secrets.token_hex(4)}",
@@ -205,6 +207,7 @@ def _worker_info(pipeline: Pipeline) -> WorkerInfo:
         version=manifest.version,
         backend=pipeline.backend,
         max_batch=manifest.max_batch,
+        batch_ms=slowest_ms,
         pid=os.getpid(),
         host=host,
         started_ms=system_now_ms(),
@@ -225,7 +228,17 @@ def _cost_model(manifest: Manifest, backend: str) -> CostModel:
     return cost_ms
 
 
-def _stall_s(manifest: Manifest, cost_ms: CostModel) -> float:
+def _unserved(manifest: Manifest, request: GenerationRequest) -> str | None:
+    """Why a bundle does not generate what is asked for, in words; None if it does."""
+    if request.bucket not in manifest.buckets:
+        return f"{manifest.name} no longer draws {request.bucket.size}, {request.bucket.frames} frames"
+    if request.num_steps not in manifest.num_steps:
+        return f"{manifest.name} no longer draws in {request.num_steps} steps"
+    return None
+
+
+def _slowest_ms(manifest: Manifest, backend: str) -> float:
+    """Predicted time of the dearest batch that the bundle runs."""
     steps, batch = max(manifest.num_steps), manifest.max_batch
-    slowest_ms = max(cost_ms(bucket, steps, batch) for bucket in manifest.buckets)
-    return max(MIN_STALL_S, STALL_FACTOR * slowest_ms / 1000)
+    costs = [batch_cost(manifest, bucket, steps, (backend,)) for bucket in manifest.buckets]
+    return max(UNMEASURED_MS * batch if cost is None else cost(batch) for cost in costs)

@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         "a finished job stays among the unfinished",
         f"{SCRIPTS}/_finish.lua",
-        'redis.call("ZREM", live, id)',
-        "",
+        'redis.call("ZREM", live, id) == 1',
+        "false",
         VERBS,
     ),
     Mutant(
@@ -81,14 +81,14 @@ MUTANTS = (
     Mutant(
         "a key gives another body the same job",
         f"{SCRIPTS}/enqueue.lua",
-        'if st and holder_fp ~= fp then return {"mismatch", holder, 0} end',
+        'if st and holder_fp ~= fp then return {"mismatch", holder, 0, 0} end',
         "",
         VERBS,
     ),
     Mutant(
         "a key is forgotten at once",
         f"{SCRIPTS}/enqueue.lua",
-        'if st then return {"dup", holder, 0} end',
+        'if st then return {"dup", holder, 0, 0} end',
         "",
         VERBS,
     ),
@@ -102,8 +102,8 @@ MUTANTS = (
     Mutant(
         "a tenant's jobs come before everybody's",
         f"{SCRIPTS}/_pump.lua",
-        'if redis.call("EXISTS", list) == 1 then redis.call("RPUSH", ring_key(priority), tenant) end',
-        'if redis.call("EXISTS", list) == 1 then redis.call("LPUSH", ring_key(priority), tenant) end',
+        'redis.call("ZADD", turns_key(priority), tag + (cost or 0), tenant)',
+        'redis.call("ZADD", turns_key(priority), tag, tenant)',
         FAIRNESS,
     ),
     Mutant(
@@ -144,7 +144,7 @@ MUTANTS = (
     Mutant(
         "a cancelled job still waits in the statistics",
         f"{SCRIPTS}/_finish.lua",
-        'redis.call("ZREM", waiting_key(pr), id)',
+        "wait_no_more(id, pr, cost)",
         "",
         VERBS,
     ),
@@ -200,8 +200,8 @@ MUTANTS = (
     Mutant(
         "a cancelled job is dispatched when its turn comes",
         f"{SCRIPTS}/_pump.lua",
-        'if id and redis.call("HGET", job_key(id), "st") == "queued" then',
-        "if id then",
+        'if st == "queued" then\n      redis.call("ZADD", turns',
+        'if st then\n      redis.call("ZADD", turns',
         VERBS,
     ),
     Mutant(

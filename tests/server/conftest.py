@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from engines.bucket import Bucket
-from server.job import GenerationRequest, Job, JobKind, Priority, new_job
+from server.job import UNMEASURED_MS, GenerationRequest, Job, JobKind, Priority, new_job
 from server.queue.connection import connect
 from server.queue.job_queue import JobQueue
 from server.queue.keys import GROUP
@@ -179,6 +179,7 @@ def new(clock: Clock) -> Callable[..., Job]:
         priority: Priority = Priority.NORMAL,
         deadline_s: float = 60,
         kind: JobKind = JobKind.IMAGE,
+        cost_ms: float | None = None,
         **request: Any,
     ) -> Job:
         return new_job(
@@ -189,6 +190,7 @@ def new(clock: Clock) -> Callable[..., Job]:
             deadline_ms=clock.now_ms + int(deadline_s * 1000),
             tenant=tenant,
             priority=priority,
+            cost_ms=cost_ms,
         )
 
     return make
@@ -208,6 +210,7 @@ def worker_info(name: str, *, max_batch: int = 8, version: str = VERSION, **offe
         version=version,
         backend="eager",
         max_batch=max_batch,
+        batch_ms=max_batch * UNMEASURED_MS,
         pid=1,
         host="here",
         started_ms=0,

@@ -10,13 +10,13 @@ local function catalog(id, tn, enq, dl, ttl)
 end
 
 -- accept: write a new job and let it wait.
-local function accept(id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp)
+local function accept(id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp, cost)
   redis.call("HSET", job_key(id), "st", "queued", "tn", tn, "pr", pr, "kd", kd, "req", req, "fp", fp, "at", 0,
-    "enq", enq, "dl", dl, "ttl", ttl, "tp", tp, "rp", rp)
-  redis.call("ZADD", live, dl, id)
+    "enq", enq, "dl", dl, "ttl", ttl, "tp", tp, "rp", rp, "cost", cost)
+  if redis.call("ZADD", live, dl, id) == 1 then redis.call("HINCRBY", pump_state, "work:live", cost) end
   redis.call("ZADD", inflight_key(tn), dl, id)
-  redis.call("ZADD", waiting_key(pr), enq, id)
-  if redis.call("RPUSH", tenant_key(pr, tn), id) == 1 then redis.call("RPUSH", ring_key(pr), tn) end
+  wait(id, pr, enq, cost)
+  if redis.call("RPUSH", tenant_key(pr, tn), id) == 1 then take_turns(pr, tn) end
   if kd == "video" then catalog(id, tn, enq, dl, ttl) end
   pump()
 end

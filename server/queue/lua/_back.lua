@@ -2,12 +2,18 @@
 local function put_back(version, entry, id)
   drop_entry(version, entry)
   local key = job_key(id)
-  local st, ent, vs, pr, tn, enq = unpack(redis.call("HMGET", key, "st", "ent", "vs", "pr", "tn", "enq"))
+  local st, ent, vs, pr, tn, enq, cost =
+    unpack(redis.call("HMGET", key, "st", "ent", "vs", "pr", "tn", "enq", "cost"))
   if not st or terminal[st] or ent ~= entry or vs ~= version then return 0 end
   redis.call("HSET", key, "st", "queued")
   redis.call("HDEL", key, "ent")
-  redis.call("ZADD", waiting_key(pr), enq, id)
-  if redis.call("LPUSH", tenant_key(pr, tn), id) == 1 then redis.call("LPUSH", ring_key(pr), tn) end
+  wait(id, pr, enq, cost)
+  local tag = redis.call("ZSCORE", turns_key(pr), tn)
+  if redis.call("LPUSH", tenant_key(pr, tn), id) == 1 then take_turns(pr, tn) end
+  if st == "queued" then -- its tenant has had nothing for what it has paid
+    add_to_lane(version, -(cost or 0))
+    if tag then redis.call("ZADD", turns_key(pr), tag - (cost or 0), tn) end
+  end
   return 1
 end
 

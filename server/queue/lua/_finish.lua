@@ -3,23 +3,26 @@ local reply_ttl_ms = 3600 * 1000
 
 local function finish(id, status, now, fields)
   local key = job_key(id)
-  local pr, tn, ent, vs, rp, ttl = unpack(redis.call("HMGET", key, "pr", "tn", "ent", "vs", "rp", "ttl"))
+  local pr, tn, ent, vs, rp, ttl, st, cost =
+    unpack(redis.call("HMGET", key, "pr", "tn", "ent", "vs", "rp", "ttl", "st", "cost"))
   redis.call("HSET", key, "st", status, "end", now, unpack(fields))
   redis.call("HDEL", key, "ent", "cx")
   redis.call("PEXPIRE", key, ttl)
-  redis.call("ZADD", ended, now, id)
+  redis.call("ZADD", ended, now + ttl, id) -- when its record expires; `expire` takes it out
   redis.call("PEXPIRE", ended, ttl)
-  redis.call("ZREMRANGEBYSCORE", ended, "-inf", now - ttl) -- their records have expired
-  redis.call("ZREM", waiting_key(pr), id)
-  redis.call("ZREM", live, id)
+  wait_no_more(id, pr, cost)
+  if redis.call("ZREM", live, id) == 1 then redis.call("HINCRBY", pump_state, "work:live", -(cost or 0)) end
   redis.call("ZREM", inflight_key(tn), id)
-  if ent and vs then drop_entry(vs, ent) end
+  if ent and vs then
+    drop_entry(vs, ent)
+    if st == "queued" then add_to_lane(vs, -(cost or 0)) end
+  end
   for boot in string.gmatch(rp, "%S+") do
     local replies = q .. ":r:" .. boot
     redis.call("XADD", replies, "MAXLEN", "~", 10000, "*", "id", id, "st", status)
     redis.call("PEXPIRE", replies, reply_ttl_ms)
   end
-  pump()
+  if st == "queued" then pump() end -- one that had started took no room
 end
 
 local function finish_deadline(id, now)

@@ -1,5 +1,5 @@
--- fit_lanes: open a lane for each version that live workers serve, as long as they can use, one batch in hand and one
--- next. What waits in a lane that nobody serves any more goes back, and into the others.
+-- fit_lanes: open a lane for each version that live workers serve, as long as they can use: the
+-- time of a batch for each, to have the next one at hand when they have started one. What waits in a lane that nobody serves any more goes back, and into the others.
 local page = 100
 
 local function empty_lane(version)
@@ -14,26 +14,26 @@ local function empty_lane(version)
 end
 
 local function fit_lanes(now)
-  local rows, offer, consumers = {}, {}, redis.call("ZRANGEBYSCORE", alive, "(" .. now, "+inf")
+  local room, offer, consumers = {}, {}, redis.call("ZRANGEBYSCORE", alive, "(" .. now, "+inf")
   for _, consumer in ipairs(consumers) do
     local info = redis.call("HGET", workers, consumer)
     if info then
       local about = cjson.decode(info)
-      rows[about.version] = (rows[about.version] or 0) + about.max_batch
+      room[about.version] = (room[about.version] or 0) + math.ceil((about.batch_ms or 100 * about.max_batch) * 1000)
       offer[about.version] = cjson.encode({buckets = about.buckets or {}, num_steps = about.num_steps or {}})
     end
   end
   local windows = redis.call("HGETALL", lanes)
   for i = 1, #windows, 2 do
-    if not rows[windows[i]] then
+    if not room[windows[i]] then
       redis.call("HSET", lanes, windows[i], 0)
       redis.call("HDEL", offers, windows[i])
       empty_lane(windows[i])
     end
   end
   local first, differ
-  for version, count in pairs(rows) do
-    redis.call("HSET", lanes, version, 2 * count)
+  for version, window in pairs(room) do
+    redis.call("HSET", lanes, version, window)
     differ = differ or first and offer[version] ~= first
     first = first or offer[version]
   end

@@ -16,7 +16,7 @@ local terminal = {done = true, failed = true, cancelled = true}
 
 local function job_key(id) return q .. ":j:" .. id end
 local function waiting_key(priority) return q .. ":n:" .. priority end
-local function ring_key(priority) return q .. ":ring:" .. priority end
+local function turns_key(priority) return q .. ":turns:" .. priority end
 local function tenant_key(priority, tenant) return q .. ":t:" .. priority .. ":" .. tenant end
 local function inflight_key(tenant) return q .. ":f:" .. tenant end
 local function catalog_key(tenant) return q .. ":l:" .. tenant end

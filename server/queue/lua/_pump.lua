@@ -1,36 +1,56 @@
 -- pump: move waiting jobs into the dispatch windows until they are full.
 -- A window is short so that what is not in it yet can still be reordered: between priorities by weight, within a
--- priority by taking turns between tenants.
+-- priority by taking turns between tenants. It is as long as its workers need for one batch each.
 local weights = {high = 8, normal = 3, low = 1}
 
+-- first_of: the tenant whose turn it is in a priority, and its tag; nil if nobody waits.
+local function first_of(priority)
+  local turns = turns_key(priority)
+  while true do
+    local first = redis.call("ZRANGE", turns, 0, 0, "WITHSCORES")
+    if not first[1] or redis.call("EXISTS", tenant_key(priority, first[1])) == 1 then return first[1], first[2] end
+    -- It has no more jobs, and is no longer ahead of those that have.
+    redis.call("ZREM", turns, first[1])
+    redis.call("HSET", pump_state, "tag:" .. priority, first[2])
+  end
+end
+
 -- Smooth weighted round robin over the priorities that have waiting jobs: each gains its weight in credit, the
--- richest is served and pays what all of them gained.
-local function next_priority()
-  local ready, total = {}, 0
+-- richest is served and pays what all of them gained. -> priority, tenant, tag of the tenant; nil if nobody waits
+local function next_turn()
+  local ready, tenants, tags, total = {}, {}, {}, 0
   for _, priority in ipairs(priorities) do
-    if redis.call("EXISTS", ring_key(priority)) == 1 then
+    local tenant, tag = first_of(priority)
+    if tenant then
       ready[#ready + 1] = priority
+      tenants[priority], tags[priority] = tenant, tag
       total = total + weights[priority]
     end
   end
-  if #ready <= 1 then return ready[1] end -- alone it would pay exactly what it gained
-  local best, most
-  for _, priority in ipairs(ready) do
-    local credit = redis.call("HINCRBY", pump_state, "credit:" .. priority, weights[priority])
-    if not most or credit > most then best, most = priority, credit end
+  local best, most = ready[1], nil
+  if #ready > 1 then -- alone it would pay exactly what it gained
+    for _, priority in ipairs(ready) do
+      local credit = redis.call("HINCRBY", pump_state, "credit:" .. priority, weights[priority])
+      if not most or credit > most then best, most = priority, credit end
+    end
+    redis.call("HINCRBY", pump_state, "credit:" .. best, -total)
   end
-  redis.call("HINCRBY", pump_state, "credit:" .. best, -total)
-  return best
+  return best, tenants[best], tags[best]
 end
 
--- The lanes that live workers serve: {version = jobs it has room for}, one of the versions, and how many they are.
+-- The lanes that live workers serve: {version = work it has room for}, one of the versions, and how many they are. What a
+-- worker has started takes no room: nobody could reorder it any more.
 local function open_lanes()
   local room, some, count = {}, nil, 0
   local windows = redis.call("HGETALL", lanes)
   for i = 1, #windows, 2 do
     local version, window = windows[i], tonumber(windows[i + 1])
     if window > 0 then
-      room[version] = window - redis.call("XLEN", stream_of(version))
+      room[version] = window - tonumber(redis.call("HGET", pump_state, "unstarted:" .. version) or 0)
+      if room[version] <= 0 and redis.call("XLEN", stream_of(version)) == 0 then -- records were deleted by hand
+        redis.call("HDEL", pump_state, "unstarted:" .. version)
+        room[version] = window
+      end
       some, count = version, count + 1
     end
   end
@@ -60,8 +80,8 @@ local function whose_turn(plan, room)
   end
   if room[base] or room[next] then return room[base] and base or next, false end
   local roomiest
-  for version, jobs in pairs(room) do
-    if not roomiest or jobs > room[roomiest] then roomiest = version end
+  for version, left in pairs(room) do
+    if not roomiest or left > room[roomiest] then roomiest = version end
   end
   return roomiest, false
 end
@@ -116,21 +136,19 @@ local function pump()
   while true do
     if plan then turn, counts = whose_turn(plan, room) end
     if room[turn] <= 0 then return end
-    local priority = next_priority()
+    local priority, tenant, tag = next_turn()
     if not priority then return end
-    local tenant = redis.call("LPOP", ring_key(priority))
-    local list = tenant_key(priority, tenant)
-    local id = redis.call("LPOP", list)
-    if redis.call("EXISTS", list) == 1 then redis.call("RPUSH", ring_key(priority), tenant) end
+    local id = redis.call("LPOP", tenant_key(priority, tenant))
     -- A job that ended while it waited (cancelled, deadline) stays in its list until here.
-    if id and redis.call("HGET", job_key(id), "st") == "queued" then
+    local st, cost, vs, at, req = unpack(redis.call("HMGET", job_key(id), "st", "cost", "vs", "at", plan and "req" or "at"))
+    if st == "queued" then
+      redis.call("ZADD", turns_key(priority), tag + (cost or 0), tenant)
       local version = turn
-      if plan then
-        version = deal(plan, room, turn, counts, unpack(redis.call("HMGET", job_key(id), "vs", "at", "req")))
-      end
+      if plan then version = deal(plan, room, turn, counts, vs, at, req) end
       local entry = redis.call("XADD", stream_of(version), "*", "id", id)
       redis.call("HSET", job_key(id), "ent", entry, "vs", version)
-      room[version] = room[version] - 1
+      add_to_lane(version, cost)
+      room[version] = room[version] - (cost or 0)
     end
   end
 end

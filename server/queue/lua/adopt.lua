@@ -14,6 +14,7 @@ for i = 1, #windows, 2 do
     if redis.call("XLEN", stream) == 0 then
       redis.call("DEL", stream)
       redis.call("HDEL", lanes, version)
+      redis.call("HDEL", pump_state, "unstarted:" .. version)
     end
     pump()
   end

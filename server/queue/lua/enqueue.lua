@@ -1,20 +1,21 @@
 #!lua
 -- enqueue: accept a job, or say why not. Not allow-oom: a full server takes no new work.
--- -> {status, id of the job that holds the key, jobs waiting before it}
-local id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp = unpack(ARGV, 1, 11)
-local idem, idem_ttl, max_waiting, max_live = unpack(ARGV, 12, 15)
+-- `max_work` is the most work of others with which it still makes its deadline, "" if nobody can say.
+-- -> {status, id of the job that holds the key, jobs waiting before it, work of all unfinished ones}
+local id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp, cost = unpack(ARGV, 1, 12)
+local idem, idem_ttl, max_waiting, max_live, max_work = unpack(ARGV, 13, 17)
 local key = job_key(id)
 local idem_name = ":i:" .. tn .. ":" .. idem
 local idem_key = q .. idem_name
 local claim_key = "q" .. idem_name -- which class has it: a tenant uses a key for one request, whatever the model
 
-if redis.call("EXISTS", key) == 1 then return {"ok", id, 0} end -- our reply was lost and the client asks again
+if redis.call("EXISTS", key) == 1 then return {"ok", id, 0, 0} end -- our reply was lost and the client asks again
 
 if idem ~= "" then
   local other = redis.call("GET", claim_key)
   if other and other ~= q then
     local holder = string.match(redis.call("GET", other .. idem_name) or "", "^[^|]+")
-    if holder and redis.call("EXISTS", other .. ":j:" .. holder) == 1 then return {"mismatch", holder, 0} end
+    if holder and redis.call("EXISTS", other .. ":j:" .. holder) == 1 then return {"mismatch", holder, 0, 0} end
   end
   local holder, holder_fp = string.match(redis.call("GET", idem_key) or "", "^(.+)|(.+)$")
   local st, err = nil, nil
@@ -22,23 +23,25 @@ if idem ~= "" then
   if st == "failed" and cjson.decode(err or "{}").code == "storage" then
     st = nil -- its client was told to ask again, and is to have a new job then
   end
-  if st and holder_fp ~= fp then return {"mismatch", holder, 0} end
-  if st then return {"dup", holder, 0} end
+  if st and holder_fp ~= fp then return {"mismatch", holder, 0, 0} end
+  if st then return {"dup", holder, 0, 0} end
 end
 
-if not make_room(accepting) then return {"memory", "", 0} end
+if not make_room(accepting) then return {"memory", "", 0, 0} end
 
 redis.call("ZREMRANGEBYSCORE", inflight_key(tn), "-inf", enq)
 if tonumber(max_live) > 0 and redis.call("ZCARD", inflight_key(tn)) >= tonumber(max_live) then
-  return {"tenant_full", "", 0}
+  return {"tenant_full", "", 0, 0}
 end
 local waiting = 0
 for _, priority in ipairs(priorities) do waiting = waiting + redis.call("ZCARD", waiting_key(priority)) end
-if waiting >= tonumber(max_waiting) then return {"queue_full", "", waiting} end
+local ahead = tonumber(redis.call("HGET", pump_state, "work:live") or 0)
+if waiting >= tonumber(max_waiting) then return {"queue_full", "", waiting, ahead} end
+if max_work ~= "" and ahead > tonumber(max_work) then return {"late", "", waiting, ahead} end
 
 if idem ~= "" then
   redis.call("SET", idem_key, id .. "|" .. fp, "PX", idem_ttl)
   redis.call("SET", claim_key, q, "PX", idem_ttl)
 end
-accept(id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp)
-return {"ok", id, waiting}
+accept(id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp, cost)
+return {"ok", id, waiting, ahead}

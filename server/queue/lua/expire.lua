@@ -5,12 +5,13 @@
 -- do it, has to get out of that.
 make_room(0.95)
 local now, grace, limit = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local ended = {}
+redis.call("ZREMRANGEBYSCORE", ended, "-inf", now) -- their records have expired
+local late = {}
 for _, id in ipairs(redis.call("ZRANGEBYSCORE", live, "-inf", now, "LIMIT", 0, limit)) do
   local st, dl = unpack(redis.call("HMGET", job_key(id), "st", "dl"))
   if st == "queued" or st == "running" and tonumber(dl) + grace <= now then
     finish_deadline(id, now)
-    ended[#ended + 1] = id
+    late[#late + 1] = id
   end
 end
-return ended
+return late

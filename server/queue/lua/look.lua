@@ -27,7 +27,7 @@ end
 local waits = false
 for _, priority in ipairs(priorities) do waits = waits or is_member(waiting_key(priority)) end
 local listed = st == "queued" and not ent
-  and redis.call("LPOS", tenant_key(pr, tn), id) and redis.call("LPOS", ring_key(pr), tn)
+  and redis.call("LPOS", tenant_key(pr, tn), id) and redis.call("ZSCORE", turns_key(pr), tn)
 local reachable = ent and vs and in_stream(vs, ent) and (is_leased(vs, ent) or is_undelivered(vs, ent))
 local strays = entry ~= "" and (entry ~= ent or lane ~= vs) and (in_stream(lane, entry) or is_leased(lane, entry))
 return {

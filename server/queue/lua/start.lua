@@ -4,7 +4,8 @@ local version, consumer, entry, id, now, max_attempts = unpack(ARGV)
 if not owns(version, consumer, entry) then return {"lost"} end -- else a worker frozen since its read would rob the new owner
 
 local key = job_key(id)
-local st, ent, vs, own, at, dl, cx = unpack(redis.call("HMGET", key, "st", "ent", "vs", "own", "at", "dl", "cx"))
+local st, ent, vs, own, at, dl, cx, pr, cost =
+  unpack(redis.call("HMGET", key, "st", "ent", "vs", "own", "at", "dl", "cx", "pr", "cost"))
 if not st or terminal[st] or ent ~= entry or vs ~= version then
   drop_entry(version, entry)
   return {"drop", terminal[st] and st or "unknown"}
@@ -22,13 +23,17 @@ local again = st == "running" and own == consumer
 if not again then
   if tonumber(at) >= tonumber(max_attempts) then
     local err = error_json("poison", "the worker died in each of its " .. at .. " attempts")
-    local tn, pr, req = unpack(redis.call("HMGET", key, "tn", "pr", "req"))
+    local tn, req = unpack(redis.call("HMGET", key, "tn", "req"))
     redis.call("XADD", dead, "MAXLEN", "~", 10000, "*", "id", id, "at", at, "err", err, "tn", tn, "pr", pr,
-      "req", req, "own", own or "", "end", now)
+      "req", req, "cost", cost or 0, "own", own or "", "end", now)
     finish(id, "failed", now, {"err", err})
     return {"drop", "poison"}
   end
   redis.call("HSET", key, "st", "running", "own", consumer, "beg", now, "at", at + 1, "pg", 0)
-  redis.call("ZREM", waiting_key(redis.call("HGET", key, "pr")), id)
+  if st == "queued" then
+    wait_no_more(id, pr, cost)
+    add_to_lane(version, -(cost or 0))
+    pump()
+  end
 end
 return {"run", unpack(redis.call("HGETALL", key))}

@@ -17,7 +17,7 @@ from PIL import Image
 from engines.bundle import Manifest
 from server.api.app import create_app
 from server.api.dependencies import Services
-from server.job import Job, JobError, OutputRef, sample_seed
+from server.job import UNMEASURED_MS, Job, JobError, OutputRef, sample_seed
 from server.queue.connection import connect
 from server.queue.records import WorkerInfo
 from server.queue.worker_queue import Lease, Settled, WorkerQueue
@@ -59,6 +59,7 @@ class Worker:
             version="0123456789ab",
             backend="eager",
             max_batch=8,
+            batch_ms=8 * UNMEASURED_MS,
             pid=1,
             host="here",
             started_ms=1_700_000_000_000,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.admission import NO_WORKER_RETRY_MS, Load, decide, predict_eta_ms
+from server.api.admission import NO_WORKER_RETRY_MS, Load, decide, max_ahead_ms, own_ms, predict_eta_ms
 
 
 def batch_ms(num_samples: int) -> float:
@@ -13,7 +13,19 @@ def batch_ms(num_samples: int) -> float:
 
 
 def load(*, waiting: int = 0, running: int = 0, num_workers: int = 2, max_batch: int = 8) -> Load:
-    return Load(waiting=waiting, running=running, num_workers=num_workers, max_batch=max_batch)
+    """Jobs of one sample each, which cost their part of a full batch."""
+    ms = batch_ms(max_batch) / max_batch
+    return Load(
+        waiting=waiting,
+        waiting_ms=waiting * ms,
+        running_ms=running * ms,
+        num_workers=num_workers,
+        max_batch=max_batch,
+    )
+
+
+def eta_ms(state: Load, num_samples: int = 1) -> float | None:
+    return predict_eta_ms(state, own_ms(state, batch_ms, num_samples))
 
 
 def decide_one(state: Load, **changes: float) -> tuple[str | None, float | None, float | None]:
@@ -28,15 +40,28 @@ def test_idle_system_is_predicted_to_take_one_batch() -> None:
 
 def test_jobs_ahead_are_predicted_to_run_in_full_batches_on_all_workers() -> None:
     # Two workers end eight samples each per 100 ms: 6.25 ms for each of the 16 jobs ahead.
-    assert predict_eta_ms(load(waiting=8, running=8), batch_ms, num_samples=1) == pytest.approx(130.0)
+    assert eta_ms(load(waiting=8, running=8)) == pytest.approx(130.0)
+
+
+def test_jobs_ahead_count_by_their_work() -> None:
+    # One job of 16 samples, or 16 of one: the same wait behind them.
+    one = Load(waiting=1, waiting_ms=200.0, running_ms=0.0, num_workers=2, max_batch=8)
+    assert eta_ms(one) == eta_ms(load(waiting=16)) == pytest.approx(130.0)
 
 
 def test_more_samples_than_a_batch_holds_take_several() -> None:
-    assert predict_eta_ms(load(max_batch=4), batch_ms, num_samples=10) == 3 * batch_ms(4)
+    assert eta_ms(load(max_batch=4), num_samples=10) == 3 * batch_ms(4)
 
 
 def test_running_job_waits_for_nobody() -> None:
-    assert predict_eta_ms(load(waiting=9, running=9), batch_ms, num_samples=1, ahead=0) == 30.0
+    state = load(waiting=9, running=9)
+    assert predict_eta_ms(state, own_ms(state, batch_ms, 1), ahead_ms=0.0) == 30.0
+
+
+def test_work_that_may_stand_before_a_job_is_what_all_workers_do_until_it_must_begin() -> None:
+    assert max_ahead_ms(load(), own=30.0, deadline_ms=500.0) == 2 * 470.0
+    assert max_ahead_ms(load(), own=600.0, deadline_ms=500.0) == 0.0
+    assert max_ahead_ms(load(num_workers=0), own=30.0, deadline_ms=500.0) is None
 
 
 def test_full_queue_refuses_until_one_place_is_free() -> None:
@@ -86,7 +111,7 @@ def test_refusals_name_a_time_in_the_future_and_admissions_none(
 @given(waiting=st.integers(0, 500), num_workers=st.integers(1, 16))
 def test_eta_grows_with_the_queue_and_shrinks_with_workers(waiting: int, num_workers: int) -> None:
     def eta(waiting: int, num_workers: int) -> float:
-        found = predict_eta_ms(load(waiting=waiting, num_workers=num_workers), batch_ms, num_samples=1)
+        found = eta_ms(load(waiting=waiting, num_workers=num_workers))
         assert found is not None
         return found
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engines.bucket import Bucket
 from server.settings import Settings
 from tests.server.api.running import Api, error_of, running_api
 from tests.server.manifests import EXAMPLES
@@ -65,6 +67,29 @@ async def test_job_that_cannot_meet_its_deadline_is_refused(settings: Settings) 
 
     assert error_of(response) == (429, "queue_full", None)
     assert "deadline" in response.json()["error"]["message"]
+
+
+async def test_burst_is_accepted_up_to_what_can_be_done_in_time(redis_url: str, tmp_path: Path) -> None:
+    settings = Settings(redis_url=redis_url, data_dir=tmp_path, max_queue=1000, job_deadline_s=5.0)
+    async with running_api(settings) as api:
+        api.worker.announce()
+        model = (await api.services.catalog.models(max_age_s=0))["scenes"]  # of this one look all will go by
+        asked = [api.post({"wait_s": 0, "n": 10, "seed": seed}) for seed in range(60)]
+        responses = await asyncio.gather(*asked)
+        stats = await api.services.queue.stats("scenes")
+
+    batch_ms = model.batch_ms(Bucket(64, 64), 4)
+    assert batch_ms is not None
+    cost_ms, own_ms = 10 * batch_ms(8) / 8, 2 * batch_ms(8)  # one worker runs eight samples at once
+    most = int((5000 - own_ms) / cost_ms) + 1
+    assert Counter(response.status_code for response in responses) == {202: most, 429: 60 - most}
+    assert stats.waiting_ms == pytest.approx(most * cost_ms)
+    promised = sorted(response.json()["eta_s"] for response in responses if response.status_code == 202)
+    assert promised == pytest.approx([(i * cost_ms + own_ms) / 1000 for i in range(most)], abs=0.01)
+    for response in responses:
+        if response.status_code == 429:
+            late_ms = most * cost_ms + own_ms - 5000
+            assert int(response.headers["retry-after-ms"]) == pytest.approx(late_ms, abs=2)
 
 
 async def test_full_redis_is_a_typed_503(api: Api) -> None:

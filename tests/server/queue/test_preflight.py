@@ -373,8 +373,8 @@ async def whole_life(
         await queue.enqueue(new("done"), idempotency_key="k")
         for prompt in ("failed", "handed back", "reclaimed"):
             await queue.enqueue(new(prompt))
-        worker.beat(worker_info("w1", max_batch=1), "{}")
-        other.beat(worker_info("w2", max_batch=1), "{}")
+        worker.beat(worker_info("w1", max_batch=2), "{}")
+        other.beat(worker_info("w2", max_batch=2), "{}")
         for priority in (Priority.HIGH, Priority.LOW):  # the window is full: they wait for their turn
             await queue.enqueue(new("in turn", priority=priority))
         leases = worker.read(4, block_ms=1000)

@@ -189,8 +189,8 @@ async def test_records_that_have_expired_are_not_counted_as_kept(
     for _ in range(3):
         await queue.enqueue(new())
         worker.complete(start_one(worker, lease_one(worker)), [], {})
+        assert (await queue.stats(MODEL)).kept == 1
         clock.now_ms += 2000
-    assert (await queue.stats(MODEL)).kept == 1
     await queue.close()
 
 
@@ -222,17 +222,65 @@ async def test_another_api_process_finds_a_job_by_its_id_alone(
 # order
 
 
-async def test_window_holds_two_batches_of_every_live_worker(
+async def test_window_holds_one_batch_of_every_live_worker_beside_what_has_started(
     queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
 ) -> None:
     for _ in range(60):
         await queue.enqueue(new())
     worker, other = make_worker("w1", max_batch=4), make_worker("w2", max_batch=8)
-    assert client.xlen(STREAM) == 24
+    assert client.xlen(STREAM) == 12
+    leases = worker.read(6)
+    running = [start_one(worker, lease) for lease in leases]
+    assert client.xlen(STREAM) == 6 + 12
     other.leave()
+    for job in running:
+        worker.complete(job, [], {})
     for lease in worker.read(20):
         worker.complete(start_one(worker, lease), [], {})
-    assert client.xlen(STREAM) == 8
+    assert client.xlen(STREAM) == 4
+
+
+async def test_window_is_as_long_as_a_batch_takes_however_few_jobs_that_are(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis
+) -> None:
+    make_worker(max_batch=8)
+    for _ in range(5):
+        await queue.enqueue(new(num_samples=5))
+    assert client.xlen(STREAM) == 2
+
+
+# work
+
+
+async def test_work_of_waiting_and_of_running_jobs_is_added_up(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker
+) -> None:
+    worker = make_worker()
+    ahead = [(await queue.enqueue(new(num_samples=n, cost_ms=n * 2.5))).ahead_ms for n in (1, 4, 10)]
+    assert ahead == [0.0, 2.5, 12.5]
+    stats = await queue.stats(MODEL)
+    assert (stats.waiting_ms, stats.running_ms) == (37.5, 0.0)
+    running = start_one(worker, lease_one(worker))
+    stats = await queue.stats(MODEL)
+    assert (stats.waiting_ms, stats.running_ms) == (35.0, 2.5)
+    worker.complete(running, [], {})
+    stats = await queue.stats(MODEL)
+    assert (stats.waiting_ms, stats.running_ms) == (35.0, 0.0)
+
+
+async def test_job_that_would_be_late_behind_those_accepted_a_moment_ago_is_refused(
+    queue: JobQueue, new: NewJob
+) -> None:
+    statuses = [
+        (await queue.enqueue(new(cost_ms=100.0), max_ahead_ms=250.0, idempotency_key=f"k{i}")).status
+        for i in range(5)
+    ]
+    assert statuses == [*[EnqueueStatus.OK] * 3, *[EnqueueStatus.LATE] * 2]
+    late = await queue.enqueue(new(cost_ms=1.0), max_ahead_ms=299.0)
+    assert (late.status, late.ahead_ms, late.job_id) == (EnqueueStatus.LATE, 300.0, None)
+    assert (
+        await queue.enqueue(new(), idempotency_key="k4")
+    ).status is EnqueueStatus.OK  # its key stayed free
 
 
 # finishing

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from server.job import TERMINAL, JobError, JobKind, JobStatus, OutputRef, Priority, new_job
+from server.job import TERMINAL, UNMEASURED_MS, JobError, JobKind, JobStatus, OutputRef, Priority, new_job
 from server.queue.census import Census
 from server.queue.job_queue import DEADLINE_GRACE_MS
 from server.queue.keys import stream_of
@@ -35,6 +35,7 @@ from server.supervisor.audit import Code, audit
 from tests.server.conftest import MODEL, request_of, worker_info
 from tests.server.queue.model import (
     AGO,
+    COSTS,
     EXAMPLES,
     LEASE_MS,
     PREFIX,
@@ -58,7 +59,7 @@ class QueueMachine(QueueModel):
     @initialize(asked=st.lists(st.tuples(TENANTS, PRIORITIES), min_size=2, max_size=5))
     def first_jobs(self, asked: list[tuple[str, Priority]]) -> None:
         for tenant, priority in asked:
-            self.enqueue(0, "image", tenant, priority, "x", None, 1000, 1)
+            self.enqueue(0, JobKind.IMAGE, tenant, priority, "x", None, 1000, None, 1e9, 1)
         self.redis_and_model_agree()
 
     @rule(
@@ -69,6 +70,8 @@ class QueueMachine(QueueModel):
         body=st.sampled_from(["x", "y"]),
         key=st.sampled_from([None, None, "k1", "k2"]),
         deadline_s=st.sampled_from([15, 1000]),
+        cost_ms=COSTS,
+        max_ahead_ms=st.sampled_from([1e9, 1e9, 4 * UNMEASURED_MS]),
         times=TIMES,
     )
     def enqueue(
@@ -80,6 +83,8 @@ class QueueMachine(QueueModel):
         body: str,
         key: str | None,
         deadline_s: int,
+        cost_ms: float | None,
+        max_ahead_ms: float,
         times: int,
     ) -> None:
         job = new_job(
@@ -90,10 +95,12 @@ class QueueMachine(QueueModel):
             deadline_ms=self.clock.now_ms + deadline_s * 1000,
             priority=priority,
             tenant=tenant,
+            cost_ms=cost_ms,
         )
         for _ in range(times):
-            expected = self.accept(job, key)
-            result = self.runner.run(self.apis[api].enqueue(job, idempotency_key=key))
+            expected = self.accept(job, key, max_ahead_ms)
+            enqueue = self.apis[api].enqueue(job, idempotency_key=key, max_ahead_ms=max_ahead_ms)
+            result = self.runner.run(enqueue)
             assert (result.status, result.job_id) == expected
 
     @rule(ago=AGO)
@@ -428,7 +435,7 @@ class QueueMachine(QueueModel):
         queue.reclaim(1, LEASE_MS)  # and the lanes that they have left
         queue.leave()
         names: Any = self.redis.keys()
-        lasting = tuple(f"{PREFIX}:{kind}" for kind in ("j:", "i:", "l:", "r:", "dead", "ended"))
+        lasting = tuple(f"{PREFIX}:{kind}" for kind in ("j:", "i:", "l:", "r:", "dead", "ended", "turns:"))
         kept = {name for name in names if name.startswith((*lasting, "q:i:"))}
         stream = stream_of(MODEL, queue.version)
         bundle = {f"{PREFIX}:{kind}" for kind in ("pump", "lanes", "route", "m")}
