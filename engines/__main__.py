@@ -18,8 +18,9 @@ from engines.compile.cli import (
     add_verify_parser,
 )
 from engines.demo.cli import add_demo_parser
-from engines.distill.cli import add_ablate_parser, add_distill_parser, add_gate_parser
+from engines.distill.cli import add_ablate_parser, add_distill_parser
 from engines.errors import EngineError
+from engines.gate.cli import add_gate_parser
 
 EXIT_ERROR = 2
 

@@ -32,7 +32,9 @@ from torch import Tensor
 
 from engines.denoiser import Conditioning, Denoiser, x0_to_eps
 from engines.distill.tdm import Query, guided_x0, row_mean
+from engines.domains import load_domain
 from engines.errors import ConfigError
+from engines.families.codec import Codec
 from engines.sampler import ddim_step
 from engines.schedule import CLEAN
 
@@ -187,19 +189,10 @@ def read_latents(path: Path, shape: tuple[int, ...], limit: int) -> Latents:
     return Latents(latents.half(), [str(prompt) for prompt in prompts[:limit]])
 
 
-def latents_of_scenes(teacher: Path, num: int, seed: int, device: torch.device | str = "cpu") -> Latents:
-    """Render the demo's scenes, as many captions complete as in the demo's prompts, and encode them."""
-    import numpy as np
-
-    from engines.demo.scenes import render, sample_scenes
-    from engines.distill.pictures import Codec
-
-    codec, rng = Codec(teacher, device), np.random.default_rng([seed, 2])
-    num_two = round(0.3 * num)
-    scenes = [
-        *sample_scenes(num - num_two, seed, split="train", num_objects=1),
-        *sample_scenes(num_two, seed, split="train", num_objects=2),
-    ]
-    prompts = [(scene.partly_said(rng) if rng.random() < 0.75 else scene).caption() for scene in scenes]
-    encoded = [codec.encode(part).half() for part in render(scenes, seed).split(250)]
-    return Latents(torch.cat(encoded), prompts)
+def latents_of_scenes(
+    teacher: Path, domain: str, num: int, seed: int, device: torch.device | str = "cpu"
+) -> Latents:
+    """Have real pictures of a domain rendered, see `engines.domains`, and encode them."""
+    codec = Codec(teacher, device)
+    prompts, pictures = load_domain(domain).illustrated(num, seed)
+    return Latents(torch.cat([codec.encode(part).half() for part in pictures.split(250)]), prompts)

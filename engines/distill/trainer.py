@@ -35,20 +35,14 @@ from engines.distill.early_stop import EarlyStop, Examiner
 from engines.distill.log import RunLog
 from engines.distill.meter import Meter
 from engines.distill.prompts import PromptBank, load_prompt_bank
-from engines.distill.report import save_contact_sheet
 from engines.distill.roles import separate_roles, shared_roles
 from engines.distill.samples import SampleSheets
-from engines.distill.student import (
-    Teacher,
-    load_initial_weights,
-    load_teacher,
-    num_parameters,
-    student_bucket,
-    write_student,
-)
+from engines.distill.student import Teacher, load_initial_weights, load_teacher, student_bucket, write_student
 from engines.distill.studio import Studio
 from engines.distill.updates import lr_factor, make_optimizer, update_average
 from engines.errors import ConfigError, TrainingError
+from engines.gate.evaluator import num_parameters
+from engines.gate.report import save_contact_sheet
 from engines.schedule import NoiseSchedule
 
 AUTOCAST = {"none": None, "bfloat16": torch.bfloat16}
@@ -463,7 +457,7 @@ def load_latents(
         return None
     if isinstance(config.latents, Path):
         return lcm.read_latents(config.latents, shape, config.num_prompts)
-    made = lcm.latents_of_scenes(config.teacher, config.num_prompts, config.seed, device)
+    made = lcm.latents_of_scenes(config.teacher, config.latents, config.num_prompts, config.seed, device)
     if tuple(made.latents.shape[1:]) != shape:
         raise ConfigError(f"latents: scenes give rows of {tuple(made.latents.shape[1:])}, not {shape}")
     return made

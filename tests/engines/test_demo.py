@@ -31,9 +31,9 @@ from engines.demo.scenes import (
 )
 from engines.demo.text import MAX_TOKENS, make_text_encoder, make_tokenizer, tokenize
 from engines.distill.config import read_config
-from engines.distill.pictures import Painter
 from engines.errors import TrainingError
 from engines.families.student import read_student
+from engines.gate.painter import Painter
 
 CHECKPOINTS = Path(__file__).parents[2] / "engines" / "demo" / "checkpoints"
 CONFIGS = Path(__file__).parents[2] / "engines" / "distill" / "configs"

@@ -17,13 +17,13 @@ from engines.distill import lcm, tdm
 from engines.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from engines.distill.config import parse_config
 from engines.distill.lcm import ConsistencyObjective
-from engines.distill.pictures import Painter
 from engines.distill.prompts import load_prompt_bank
 from engines.distill.student import load_teacher
 from engines.distill.trainer import Trainer, distill, load_latents
 from engines.errors import ConfigError
 from engines.families.pixart import STEPS_EMBEDDING_KEY
 from engines.families.student import read_student
+from engines.gate.painter import Painter
 from engines.noise import seeded_latents
 from engines.sampler import sample
 from engines.schedule import CLEAN, NoiseSchedule
