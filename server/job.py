@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 
 MAX_SEED = 2**63
 

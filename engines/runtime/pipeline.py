@@ -21,21 +21,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.bucket import Bucket
-from engines.bundle import Backend, Manifest, StageName, check_platform, verify_files
+from engines.bundle.bucket import Bucket
+from engines.bundle.integrity import verify_files
+from engines.bundle.manifest import Manifest
+from engines.bundle.signature import check_signature
+from engines.bundle.stages import Backend, StageName
 from engines.denoiser import to_x0_eps
 from engines.errors import BackendUnavailable, BundleError, NonFiniteError
 from engines.families.checkpoint import read_json
 from engines.families.tokenizer import PromptTokenizers
 from engines.noise import seeded_latents
-from engines.runtime.backends import compiled_stages
+from engines.runtime.backends import BACKENDS, check_backend
 from engines.runtime.cuda_graphs import GraphDecision, TorchGraphs, capture_stages
 from engines.runtime.memory import MemoryPlan, plan_memory
 from engines.runtime.prompt_cache import PromptCache
-from engines.runtime.stages import CPU, EagerStages, Stage
+from engines.runtime.stages import CPU, Stage
 from engines.sampler import ddim_step
 from engines.schedule import CLEAN, NoiseSchedule
-from engines.signature import check_signature
 
 Pixels = NDArray[np.uint8]
 """(F, H, W, 3) uint8 RGB; an image has F = 1."""
@@ -180,29 +182,11 @@ class Pipeline:
         manifest = verify_files(bundle_dir)
         torch.set_num_threads(num_threads or manifest.num_threads)
         device, warnings = _pick_device(manifest, device_index)
-        stages: Stages | None = None
-        memory: MemoryPlan | None = None
-        serving: Backend = "eager"
-        refused: list[str] = []
-        for candidate in _candidates(manifest, backend):
-            try:
-                _check_compiled(manifest, candidate)
-                memory = _planned(bundle_dir, manifest, candidate, device)
-                stages = _load_compiled(bundle_dir, manifest, candidate, device)
-                serving = candidate
-                break
-            except BackendUnavailable as error:
-                if backend != "auto":
-                    raise
-                refused.append(str(error))
-        if stages is None:
-            memory = _planned(bundle_dir, manifest, "eager", device)
-        if refused:
-            refused[-1] += f"; {serving} serves instead{', slower' if serving == 'eager' else ''}"
+        serving, stages, memory, refused = _load_first(bundle_dir, manifest, backend, device)
         checkpoint = bundle_dir / "checkpoint"
         return cls(
             manifest,
-            stages or _load_eager(bundle_dir, manifest, device),
+            stages,
             PromptTokenizers(manifest.family, checkpoint, manifest.max_text_tokens),
             _load_schedule(checkpoint / "scheduler" / "scheduler_config.json"),
             backend=serving,
@@ -221,7 +205,7 @@ class Pipeline:
         On a GPU, CUDA graphs of compiled stages are captured before that. Eager code may ask tensors for
         their values, as T5's does of its mask, which no capture survives.
         """
-        if self._stream is not None and self.backend != "eager":
+        if self._stream is not None and self.backend != Backend.EAGER:
             with self.on_stream():
                 self.graphs = capture_stages(
                     list(self._stages.values()),
@@ -421,48 +405,53 @@ def _planned(bundle: Path, manifest: Manifest, backend: Backend, device: torch.d
     return plan
 
 
-def _load_eager(bundle: Path, manifest: Manifest, device: torch.device) -> Stages:
-    stages = EagerStages(bundle, manifest, device, reference=False)
-    return {(spec.name, spec.bucket): stages.load(spec) for spec in manifest.stages}
+def _load_first(
+    bundle: Path, manifest: Manifest, wanted: Backend | Literal["auto"], device: torch.device
+) -> tuple[Backend, Stages, MemoryPlan | None, list[str]]:
+    """Load the stages on the first backend that serves here.
 
-
-def _candidates(manifest: Manifest, backend: Backend | Literal["auto"]) -> list[Backend]:
-    """Compiled backends to try, in order."""
-    if backend == "eager":
-        return []
-    if backend == "auto":
-        # a bundle without compiled code says why through the one it does not have
-        return [*(manifest.compiled_backends or ["aotinductor"])]
-    return [backend]
-
-
-def _check_compiled(manifest: Manifest, backend: Backend) -> None:
-    """Refuse compiled code that is not there or does not fit this machine.
-
+    Returns:
+        The backend, its stages, what it needs of a GPU's memory, and why others before it were refused.
     Raises:
-        BackendUnavailable: so it is.
+        BackendUnavailable: it was asked for by name and cannot run here.
+        MemoryPlanError: there is too little memory.
     """
-    if not manifest.engines:
-        raise BackendUnavailable(f"this bundle has no compiled code ({manifest.eager_only})")
-    if backend not in manifest.compiled_backends:
-        raise BackendUnavailable(
-            f"this bundle has no {backend} engines, only {', '.join(manifest.compiled_backends)}; build it "
-            f"with --backends {backend}"
-        )
-    mismatches = check_platform(manifest, backend=backend)
-    if mismatches:
-        details = "; ".join(str(mismatch) for mismatch in mismatches)
-        raise BackendUnavailable(f"compiled code does not fit this machine ({details})")
+    refused: list[str] = []
+    candidates = _candidates(manifest, wanted)
+    for backend in candidates:
+        try:
+            check_backend(manifest, backend)
+            memory = _planned(bundle, manifest, backend, device)
+            stages = _load(bundle, manifest, backend, device)
+        except BackendUnavailable as error:
+            if backend == candidates[-1]:
+                raise
+            refused.append(str(error))
+            continue
+        if refused:
+            refused[-1] += f"; {backend} serves instead{', slower' if backend == Backend.EAGER else ''}"
+        return backend, stages, memory, refused
+    raise AssertionError("there is always a candidate")
 
 
-def _load_compiled(bundle: Path, manifest: Manifest, backend: Backend, device: torch.device) -> Stages:
-    """Load the compiled stages.
+def _candidates(manifest: Manifest, wanted: Backend | Literal["auto"]) -> list[Backend]:
+    """Backends to try, in order."""
+    if wanted != "auto":
+        return [Backend(wanted)]
+    # a bundle without compiled code says why through the one it does not have
+    return [*(manifest.compiled_backends or [Backend.AOTINDUCTOR]), Backend.EAGER]
+
+
+def _load(bundle: Path, manifest: Manifest, backend: Backend, device: torch.device) -> Stages:
+    """Load the stages.
 
     Raises:
-        BackendUnavailable: the compiled code does not load on this machine.
+        BackendUnavailable: compiled code does not load on this machine.
     """
     try:
-        stages = compiled_stages(bundle, manifest, backend, device)
+        stages = BACKENDS[backend](bundle, manifest, device)
         return {(spec.name, spec.bucket): stages.load(spec) for spec in manifest.stages}
     except (BundleError, ValueError, RuntimeError) as error:
+        if backend == Backend.EAGER:
+            raise
         raise BackendUnavailable(f"compiled code does not load ({error})") from error

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.job import GenerationRequest, Job, JobError, JobKind, JobStatus, OutputRef, Priority
 
 MAX_REQUEST_BYTES = 64 * 1024

@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
-from engines.bucket import Bucket
-from engines.bundle import Manifest, read_manifest
+from engines.bundle.bucket import Bucket
+from engines.bundle.manifest import Manifest, read_manifest
+from engines.bundle.signature import read_key
+from engines.bundle.stages import Backend
 from engines.errors import EngineError
 from engines.runtime.pipeline import Pipeline
-from engines.signature import read_key
 from server.cost import batch_cost
 from server.job import JobKind
 from server.metrics import Metrics, start_metrics_server
@@ -55,7 +56,8 @@ MAX_PENDING = {JobKind.IMAGE: 64, JobKind.VIDEO: 4}
 def load_pipeline(settings: WorkerSettings, kind: type[Pipeline] = Pipeline) -> Pipeline:
     """The bundle that the settings name, in memory."""
     key = None if settings.bundle_key_file is None else read_key(settings.bundle_key_file)
-    return kind.load(settings.bundle, backend=settings.backend, num_threads=settings.num_threads, key=key)
+    backend = settings.backend if settings.backend == "auto" else Backend(settings.backend)
+    return kind.load(settings.bundle, backend=backend, num_threads=settings.num_threads, key=key)
 
 
 def run_worker(

@@ -16,7 +16,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines import platform
+from engines.bundle import platform
+from engines.bundle.platform import current_platform
 from engines.denoiser import Conditioning
 from engines.distill import tdm
 from engines.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
@@ -28,7 +29,6 @@ from engines.distill.trainer import Trainer, distill
 from engines.distill.updates import lr_factor, update_average
 from engines.errors import CheckpointError, ConfigError, TrainingError
 from engines.families.pixart import STEPS_EMBEDDING_KEY, load_encoder, load_transformer
-from engines.platform import current_platform
 from tests.engines.tiny import MAX_TEXT_TOKENS, make_tiny_checkpoint
 
 PROMPTS = ["a red cube", "a small blue sphere left of a green cone", "a torus"]
