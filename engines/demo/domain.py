@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engines.demo import scenes
 from engines.demo.judge import Judge
+from engines.demo.renderer import render
 from engines.gate.domain import Judge as AnyJudge
 from engines.gate.domain import PromptSet
 
@@ -138,7 +139,7 @@ SCENES = DemoDomain(
     counts=image_counts,
     draw=_draw,
     draw_like=_draw_like,
-    draw_pixels=scenes.render,
+    draw_pixels=render,
     load_judge=Judge.load,
     judge_file=CHECKPOINTS / "judge.safetensors",
     captions=scenes.sample_captions,

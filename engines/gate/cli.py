@@ -56,6 +56,12 @@ def add_gate_parser(commands: Commands) -> None:
         metavar="N",
         help="real renders (default: 4000), or with a file the teacher's pictures (default: 1000)",
     )
+    _add_measuring(parser)
+    parser.set_defaults(run=run_gate_command)
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    """How it is measured, not what."""
     parser.add_argument(
         "--features",
         default="pixels",
@@ -95,7 +101,6 @@ def add_gate_parser(commands: Commands) -> None:
         help="of torch in each process (default: %(default)s)",
     )
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.set_defaults(run=run_gate_command)
 
 
 def run_gate_command(args: argparse.Namespace) -> int:

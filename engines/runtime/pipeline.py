@@ -27,13 +27,12 @@ from engines.bundle.manifest import Manifest
 from engines.bundle.signature import check_signature
 from engines.bundle.stages import Backend, StageName
 from engines.denoiser import to_x0_eps
-from engines.errors import BackendUnavailable, BundleError, NonFiniteError
-from engines.families.checkpoint import read_json
+from engines.errors import NonFiniteError
 from engines.families.tokenizer import PromptTokenizers
 from engines.noise import seeded_latents
-from engines.runtime.backends import BACKENDS, check_backend
 from engines.runtime.cuda_graphs import GraphDecision, TorchGraphs, capture_stages
-from engines.runtime.memory import MemoryPlan, plan_memory
+from engines.runtime.loading import Stages, load_first, load_schedule, pick_device
+from engines.runtime.memory import MemoryPlan
 from engines.runtime.prompt_cache import PromptCache
 from engines.runtime.stages import CPU, Stage
 from engines.sampler import ddim_step
@@ -44,8 +43,6 @@ Pixels = NDArray[np.uint8]
 
 SAMPLER_INPUTS = {"latents", "timestep", "num_steps"}
 """Inputs of a denoise stage that differ from step to step or row to row; the others come from the prompt."""
-
-Stages = dict[tuple[StageName, Bucket | None], Stage]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,14 +178,14 @@ class Pipeline:
             check_signature(bundle_dir, key)
         manifest = verify_files(bundle_dir)
         torch.set_num_threads(num_threads or manifest.num_threads)
-        device, warnings = _pick_device(manifest, device_index)
-        serving, stages, memory, refused = _load_first(bundle_dir, manifest, backend, device)
+        device, warnings = pick_device(manifest, device_index)
+        serving, stages, memory, refused = load_first(bundle_dir, manifest, backend, device)
         checkpoint = bundle_dir / "checkpoint"
         return cls(
             manifest,
             stages,
             PromptTokenizers(manifest.family, checkpoint, manifest.max_text_tokens),
-            _load_schedule(checkpoint / "scheduler" / "scheduler_config.json"),
+            load_schedule(checkpoint / "scheduler" / "scheduler_config.json"),
             backend=serving,
             device=device,
             warnings=[*warnings, *refused],
@@ -373,85 +370,3 @@ class Pipeline:
                 self._prompts.put(prompt, known[prompt])
         columns = zip(*(known[prompt] for prompt in prompts), strict=True)
         return {name: torch.stack(column) for name, column in zip(told, columns, strict=True)}
-
-
-def _load_schedule(path: Path) -> NoiseSchedule:
-    try:
-        return NoiseSchedule.from_config(read_json(path))
-    except ValueError as error:
-        raise BundleError("checkpoint.scheduler", str(error)) from None
-
-
-def _pick_device(manifest: Manifest, index: int) -> tuple[torch.device, list[str]]:
-    """Where a bundle runs here, and a line of warning if that is not what it was built for."""
-    if manifest.device == "cpu":
-        return CPU, []
-    if torch.cuda.is_available():
-        return torch.device("cuda", index), []
-    return CPU, ["device: the bundle was built for a GPU and torch sees none here; the CPU serves"]
-
-
-def _planned(bundle: Path, manifest: Manifest, backend: Backend, device: torch.device) -> MemoryPlan | None:
-    """What `backend` needs of a GPU's memory.
-
-    Raises:
-        MemoryPlanError: that is more than is free.
-    """
-    if device.type != "cuda":
-        return None
-    plan = plan_memory(bundle, manifest, backend)
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    plan.check(free_bytes)
-    return plan
-
-
-def _load_first(
-    bundle: Path, manifest: Manifest, wanted: Backend | Literal["auto"], device: torch.device
-) -> tuple[Backend, Stages, MemoryPlan | None, list[str]]:
-    """Load the stages on the first backend that serves here.
-
-    Returns:
-        The backend, its stages, what it needs of a GPU's memory, and why others before it were refused.
-    Raises:
-        BackendUnavailable: it was asked for by name and cannot run here.
-        MemoryPlanError: there is too little memory.
-    """
-    refused: list[str] = []
-    candidates = _candidates(manifest, wanted)
-    for backend in candidates:
-        try:
-            check_backend(manifest, backend)
-            memory = _planned(bundle, manifest, backend, device)
-            stages = _load(bundle, manifest, backend, device)
-        except BackendUnavailable as error:
-            if backend == candidates[-1]:
-                raise
-            refused.append(str(error))
-            continue
-        if refused:
-            refused[-1] += f"; {backend} serves instead{', slower' if backend == Backend.EAGER else ''}"
-        return backend, stages, memory, refused
-    raise AssertionError("there is always a candidate")
-
-
-def _candidates(manifest: Manifest, wanted: Backend | Literal["auto"]) -> list[Backend]:
-    """Backends to try, in order."""
-    if wanted != "auto":
-        return [Backend(wanted)]
-    # a bundle without compiled code says why through the one it does not have
-    return [*(manifest.compiled_backends or [Backend.AOTINDUCTOR]), Backend.EAGER]
-
-
-def _load(bundle: Path, manifest: Manifest, backend: Backend, device: torch.device) -> Stages:
-    """Load the stages.
-
-    Raises:
-        BackendUnavailable: compiled code does not load on this machine.
-    """
-    try:
-        stages = BACKENDS[backend](bundle, manifest, device)
-        return {(spec.name, spec.bucket): stages.load(spec) for spec in manifest.stages}
-    except (BundleError, ValueError, RuntimeError) as error:
-        if backend == Backend.EAGER:
-            raise
-        raise BackendUnavailable(f"compiled code does not load ({error})") from error

@@ -151,6 +151,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         clock=queue.clock,
     )
     worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, clock=queue.clock)
+    expiry = Expiry(store, settings.result_ttl_s) if settings.expires else None
     status = EXIT_OK
     try:
         with ExitStack() as ends:  # from the last to the first, each whatever becomes of the others
@@ -158,22 +159,26 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
             if not _announce(heartbeat, stopping):
                 return EXIT_OK
             ends.callback(queue.leave)
-            ends.callback(heartbeat.close)
-            ends.callback(finisher.close)
-            ends.callback(batcher.close)
-            if settings.expires:
-                expiry = Expiry(store, settings.result_ttl_s)
+            for part in (heartbeat, finisher, batcher):
+                ends.callback(part.close)
+            if expiry is not None:
                 expiry.start()
                 ends.callback(expiry.close)
             log.info("ready on %s", pipeline.backend, extra={"model": manifest.name, "worker": info.id})
-            try:
-                worker.run()
-            except EngineLostError:
-                log.exception("the device is lost")
-                status = EXIT_ENGINE_LOST
+            status = _run(worker)
     except QueueError as error:
         log.warning("ended while Redis was away; leases lapse by themselves: %s", error)
     return status
+
+
+def _run(worker: Worker) -> int:
+    """Draw until the worker is stopped; the exit status."""
+    try:
+        worker.run()
+    except EngineLostError:
+        log.exception("the device is lost")
+        return EXIT_ENGINE_LOST
+    return EXIT_OK
 
 
 def _tell_why(settings: WorkerSettings, message: str) -> None:

@@ -14,6 +14,7 @@ from engines.demo.codec import PatchCode, make_vae
 from engines.demo.dataset import SHARD_SIZE, SceneSet
 from engines.demo.fit import FitConfig, fit
 from engines.demo.judge import Judge, to_input
+from engines.demo.renderer import render
 from engines.demo.scenes import (
     COLOURS,
     GROUNDS,
@@ -25,7 +26,6 @@ from engines.demo.scenes import (
     SKIES,
     Scene,
     Solid,
-    render,
     sample_captions,
     sample_scenes,
 )

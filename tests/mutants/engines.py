@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant
 
 TDM = "engines/distill/tdm.py"
+TRAJECTORY = "engines/distill/trajectory.py"
+FORWARD = "engines/distill/forward.py"
 # each without what takes long and adds nothing: a mutant costs the import of torch and these seconds
 OBJECTIVE = "tests/engines/test_tdm.py -k not mixture and not marginals and not picture"
 MARGINALS = "tests/engines/test_tdm.py -k training_moves and v_prediction"
@@ -32,7 +34,7 @@ MUTANTS = (
     # the objective
     Mutant(
         "queries are the student's x0 noised anew (DMD2), not its trajectory points",
-        TDM,
+        FORWARD,
         "return Query(a * at.landing + b * noise, tau, noise, a, b)",
         "alpha, sigma = schedule.at(tau, at.landing.ndim)\n"
         "    return Query(alpha * at.x0.detach() + sigma * noise, tau, noise, a, b)",
@@ -40,7 +42,7 @@ MUTANTS = (
     ),
     Mutant(
         "the kernel counts the noise in x_s twice",
-        TDM,
+        FORWARD,
         "(sigma**2 - (a * sigma_s) ** 2).clamp(min=0.0).sqrt()",
         "sigma",
         OBJECTIVE,
@@ -131,24 +133,28 @@ MUTANTS = (
     ),
     Mutant(
         "tau may lie below its own step",
-        TDM,
+        FORWARD,
         "low = (next_timesteps + 1).clamp(min=objective.tau_floor)",
         "low = torch.full_like(next_timesteps, objective.tau_floor)",
         OBJECTIVE,
     ),
     Mutant(
-        "tau keeps no distance from the step's start", TDM, "- objective.tau_gap - low", "- low", OBJECTIVE
+        "tau keeps no distance from the step's start",
+        FORWARD,
+        "- objective.tau_gap - low",
+        "- low",
+        OBJECTIVE,
     ),
     Mutant(
         "the rollout goes on from x0 instead of x_s",
-        TDM,
+        TRAJECTORY,
         "latents[rows] = ddim_step(x0, eps, student.schedule, to)",
         "latents[rows] = x0",
         MARGINALS,
     ),
     Mutant(
         "only first steps are trained",
-        TDM,
+        TRAJECTORY,
         "dtype=torch.float64) * num_steps).long()",
         "dtype=torch.float64) * 0 * num_steps).long()",
         OBJECTIVE,
@@ -162,7 +168,7 @@ MUTANTS = (
     ),
     Mutant(
         "steps of clean points land where they did",
-        TDM,
+        FORWARD,
         'return clean_points(at) if objective.points == "clean" else at',
         "return at",
         OBJECTIVE,
@@ -286,14 +292,14 @@ MUTANTS = (
     # what may be switched on in the objective
     Mutant(
         "a jittered grid stays where it was",
-        TDM,
+        TRAJECTORY,
         "uniform = 2.0 * share * torch.rand(now.shape, generator=rng, dtype=torch.float64) - share",
         "uniform = 0.0 * torch.rand(now.shape, generator=rng, dtype=torch.float64)",
         OBJECTIVE,
     ),
     Mutant(
         "a random landing is the next grid point",
-        TDM,
+        TRAJECTORY,
         "return next_timesteps + (uniform * span).long()",
         "return next_timesteps + (0 * uniform * span).long()",
         OBJECTIVE,
@@ -400,21 +406,21 @@ MUTANTS = (
     ),
     Mutant(
         "K is drawn evenly, whatever its weight",
-        TDM,
+        TRAJECTORY,
         "odds = torch.tensor(list(weights.values()), dtype=torch.float64)",
         "odds = torch.ones(len(weights), dtype=torch.float64)",
         OBJECTIVE,
     ),
     Mutant(
         "tau may be the step's end",
-        TDM,
+        FORWARD,
         "low = (next_timesteps + 1).clamp(min=objective.tau_floor)",
         "low = next_timesteps.clamp(min=objective.tau_floor)",
         OBJECTIVE,
     ),
     Mutant(
         "tau has no floor",
-        TDM,
+        FORWARD,
         "low = (next_timesteps + 1).clamp(min=objective.tau_floor)",
         "low = next_timesteps + 1",
         OBJECTIVE,
