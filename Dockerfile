@@ -33,7 +33,8 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constrai
 
 FROM python AS api
 COPY --from=api-dependencies /opt/venv /opt/venv
-COPY engines/__init__.py engines/bucket.py engines/bundle.py engines/errors.py engines/files.py engines/platform.py engines/
+COPY engines/__init__.py engines/errors.py engines/files.py engines/
+COPY engines/bundle engines/bundle
 COPY server server
 USER 10001:10001
 ENV TDM_HOST=0.0.0.0 TDM_DATA_DIR=/data

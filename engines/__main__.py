@@ -9,17 +9,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from engines.compile.cli import (
-    add_adopt_parser,
-    add_bench_parser,
-    add_build_parser,
-    add_inspect_parser,
-    add_sign_parser,
-    add_verify_parser,
-)
+from engines.compile.adopt_cli import add_adopt_parser
+from engines.compile.cli import add_bench_parser, add_build_parser, add_inspect_parser
+from engines.compile.verify_cli import add_sign_parser, add_verify_parser
 from engines.demo.cli import add_demo_parser
-from engines.distill.cli import add_ablate_parser, add_distill_parser, add_gate_parser
+from engines.distill.cli import add_ablate_parser, add_distill_parser
 from engines.errors import EngineError
+from engines.gate.cli import add_gate_parser
 
 EXIT_ERROR = 2
 

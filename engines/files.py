@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -34,6 +36,11 @@ def atomic_write(path: Path, data: bytes | str, *, durable: bool = False) -> Non
     """Write a file in one move; text as UTF-8. Arguments as of `replacing`."""
     with replacing(path, durable=durable) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one move. NaN is refused: it is not JSON."""
+    atomic_write(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _sync(path: Path) -> None:

@@ -7,8 +7,9 @@ from contextlib import suppress
 from functools import partial
 from typing import cast
 
-from engines.bucket import Bucket
-from engines.bundle import Backend, Manifest
+from engines.bundle.bucket import Bucket
+from engines.bundle.manifest import Manifest
+from engines.bundle.stages import Backend
 
 
 def batch_cost(

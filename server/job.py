@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 
 MAX_SEED = 2**63
 UNMEASURED_MS = 100.0

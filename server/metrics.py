@@ -64,16 +64,23 @@ class Metrics:
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, namespace=PREFIX, registry=registry)
+        self._define_http()
+        self._define_queue()
+        self._define_jobs()
+        self._define_work()
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(name, text, labels, namespace=PREFIX, registry=registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(name, text, labels, namespace=PREFIX, registry=registry, buckets=buckets)
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, namespace=PREFIX, registry=self.registry)
 
-        # HTTP, api process
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
+
+    def _define_http(self) -> None:
+        """Of the api process."""
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self.http_requests = counter("http_requests_total", "Responses sent.", "route", "method", "code")
         self.http_request_duration = histogram(
             "http_request_duration_seconds", "First byte in to last byte out.", REQUEST_BUCKETS, "route"
@@ -83,7 +90,9 @@ class Metrics:
             "jobs_rejected_total", "Jobs refused before the queue.", "class", "kind", "reason"
         )
 
-        # Queue, api process: read from Redis by one task
+    def _define_queue(self) -> None:
+        """Of the api process: read from Redis by one task."""
+        gauge = self._gauge
         self.queue_waiting = gauge("queue_waiting", "Jobs that wait for a worker.", "class", "priority")
         self.queue_backlog = gauge(
             "queue_backlog_seconds", "Predicted engine time of the jobs that wait, over all workers.", "class"
@@ -103,7 +112,9 @@ class Metrics:
             "redis_memory_use_ratio", "Redis's memory of its limit; from 0.8 on finished jobs are forgotten."
         )
 
-        # Jobs, whoever ends them
+    def _define_jobs(self) -> None:
+        """Of whoever ends them."""
+        counter, histogram = self._counter, self._histogram
         self.jobs = counter("jobs_total", "Jobs that reached a terminal state.", "class", "kind", "outcome")
         self.job_e2e = histogram(
             "job_e2e_seconds",
@@ -129,7 +140,9 @@ class Metrics:
         )
         self.dead_letters = counter("dead_letters_total", "Jobs given up on.", "class", "cause")
 
-        # Work, worker process
+    def _define_work(self) -> None:
+        """Of a worker process, and of what it and the api process depend on."""
+        counter, gauge, histogram = self._counter, self._gauge, self._histogram
         self.batch_size = histogram("batch_size", "Samples that ran together.", BATCH_BUCKETS, "class")
         self.batch_fill_ratio = histogram(
             "batch_fill_ratio", "Samples per place in the compiled batch.", FILL_BUCKETS, "class"
@@ -147,7 +160,6 @@ class Metrics:
             "engine_info", "1 for the bundle this worker runs.", "class", "engine", "version"
         )
 
-        # Dependencies
         self.redis_op = histogram("redis_op_seconds", "One queue verb.", OP_BUCKETS, "op")
         self.redis_errors = counter("redis_errors_total", "Queue verbs that failed.", "op")
         self.storage_op = histogram("storage_op_seconds", "One store verb.", OP_BUCKETS, "op")

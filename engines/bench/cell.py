@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 
 from engines.bench.models import MODELS, NUM_STEPS, WORDS, Model, write_checkpoint
-from engines.bundle import MANIFEST, Manifest
-from engines.compile.build import BuildSettings, build_bundle, num_pieces
+from engines.bundle.manifest import MANIFEST, Manifest
+from engines.bundle.platform import Device
+from engines.bundle.stages import Backend
+from engines.compile.build import build_bundle, num_pieces
 from engines.compile.export import example_inputs
-from engines.compile.precision import Precision
 from engines.compile.progress import BuildProgress
+from engines.compile.settings import BuildSettings, Precision
 from engines.families.spec import FAMILIES
-from engines.platform import Device
 from engines.processes import start_child
 from engines.runtime.pipeline import Pipeline, Sample
 from engines.runtime.timing import median_ms
@@ -116,7 +117,7 @@ def _build(request: Request, bundle: Path) -> float | None:
         student=bundle / "checkpoint",
         out=bundle,
         batch_sizes=tuple(request.all_batches),
-        backends=("aotinductor",),
+        backends=(Backend.AOTINDUCTOR,),
         num_threads=1,
         num_jobs=1,
         decode_dtype="auto",
@@ -138,7 +139,7 @@ def _ours(
     request: Request, model: Model, bundle: Path
 ) -> tuple[Callable[[int], object], Callable[[int], dict[str, float]], dict[str, Any]]:
     build_s = _build(request, bundle)
-    backend: Literal["eager", "aotinductor"] = "eager" if request.backend == "eager" else "aotinductor"
+    backend = Backend(request.backend)
     start = time.perf_counter()
     pipeline = Pipeline.load(bundle, backend=backend)
     loaded = time.perf_counter()
@@ -147,7 +148,7 @@ def _ours(
         "load_s": round(loaded - start, 2),
         "warm_up_s": round(time.perf_counter() - loaded, 2),
         "graphs": [_graph_row(decision) for decision in pipeline.graphs],
-        "parity": _worst_parity(pipeline.manifest) if backend == "aotinductor" else None,
+        "parity": _worst_parity(pipeline.manifest) if backend == Backend.AOTINDUCTOR else None,
     }
     if build_s is not None:
         described["build_s"] = build_s

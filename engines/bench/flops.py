@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engines.bench.models import NUM_STEPS, Model, make_parts, stage_modules, student
-from engines.bundle import StageSpec
+from engines.bundle.stages import StageSpec
 from engines.families.spec import FAMILIES, get_family
 from engines.families.student import Student
 from engines.runtime.scratch import META, AnswerWithZero

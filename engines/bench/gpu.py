@@ -23,11 +23,11 @@ from rich.console import Console
 from engines.bench.cell import Contender, Request, bundle_of
 from engines.bench.flops import count_flops
 from engines.bench.models import MODELS, NUM_STEPS, Model
+from engines.bundle.platform import Device, available_cores, current_platform
 from engines.compile.bench import current_commit
-from engines.compile.precision import Precision
+from engines.compile.settings import Precision
 from engines.errors import CompileError
 from engines.files import atomic_write
-from engines.platform import Device, available_cores, current_platform
 from engines.runtime.timing import median_ms
 
 TERA = 1e12

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.families import published
 from engines.families.spec import FAMILIES, get_family
 from engines.families.student import STUDENT

@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from engines.bucket import Bucket
-from engines.bundle import hash_file
+from engines.bundle.bucket import Bucket
+from engines.bundle.integrity import hash_file
 from engines.compile.student_files import student_files
 from engines.errors import ConfigError
 from engines.families.checkpoint import read_json, weight_files

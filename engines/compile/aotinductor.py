@@ -20,7 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from engines.bundle import DType, EngineFile, StageSpec
+from engines.bundle.manifest import EngineFile
+from engines.bundle.platform import Device, Platform
+from engines.bundle.stages import Backend, DType, StageSpec
 from engines.compile.export import export_stage
 from engines.compile.fp8 import has_float8, quantise_denoiser
 from engines.compile.sources import hash_sources
@@ -28,7 +30,6 @@ from engines.errors import CompileError
 from engines.families.checkpoint import read_json, tensor_shapes
 from engines.families.spec import get_family
 from engines.families.weights import load_weights
-from engines.platform import Device, Platform
 from engines.runtime.aotinductor import Binding, dump_bindings, load_package
 from engines.runtime.rowwise import quantise_rows
 from engines.runtime.stages import MODULE_DTYPES, load_module
@@ -110,7 +111,7 @@ def describe_engine(job: CompileJob) -> EngineFile:
     return EngineFile(
         stage=job.spec.name,
         bucket=job.spec.bucket,
-        backend="aotinductor",
+        backend=Backend.AOTINDUCTOR,
         min_batch=job.min_batch,
         max_batch=job.max_batch,
         path=f"{stem}.pt2",

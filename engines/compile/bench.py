@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engines.bucket import Bucket
-from engines.bundle import Backend, Manifest, StageName, current_platform, verify_files
+from engines.bundle.bucket import Bucket
+from engines.bundle.integrity import verify_files
+from engines.bundle.manifest import Manifest
+from engines.bundle.platform import available_cores, current_platform
+from engines.bundle.stages import Backend, StageName
 from engines.compile.measure import measure_stage, median_ms
-from engines.platform import available_cores
 from engines.runtime.pipeline import Pipeline, Sample
 
 
@@ -43,8 +45,8 @@ def bench_bundle(directory: Path, *, num_threads: int | None = None, budget_s: f
     """
     manifest = verify_files(directory)
     pipelines = [Pipeline.load(directory, num_threads=num_threads)]
-    if pipelines[0].backend != "eager":
-        pipelines.append(Pipeline.load(directory, backend="eager", num_threads=num_threads))
+    if pipelines[0].backend != Backend.EAGER:
+        pipelines.append(Pipeline.load(directory, backend=Backend.EAGER, num_threads=num_threads))
     rows: list[BenchRow] = []
     for pipeline in pipelines:
         if pipeline.device.type != "cpu":

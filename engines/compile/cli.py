@@ -1,4 +1,4 @@
-"""The `build`, `verify`, `inspect` and `bench` commands: arguments here, the work imported when they run."""
+"""The `build`, `inspect` and `bench` commands: arguments here, the work imported when they run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ import shutil
 import signal
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from engines.bucket import Bucket
-from engines.bundle import MANIFEST, Backend, read_manifest
+from engines.arguments import (
+    add_key_file,
+    backend_names,
+    bucket_list,
+    ints_or_none,
+    key_of,
+    positive_int,
+    positive_ints,
+    say,
+)
+from engines.bundle.manifest import MANIFEST, read_manifest
+from engines.bundle.platform import Device, available_cores, list_gpus, torch_cuda_version
+from engines.bundle.signature import check_signature, sign_bundle
+from engines.bundle.stages import Backend
 from engines.compile.tables import (
     bench_tables,
     engines_table,
@@ -22,68 +34,11 @@ from engines.compile.tables import (
     summary_table,
 )
 from engines.errors import ConfigError
-from engines.platform import Device, available_cores, list_gpus, torch_cuda_version
-from engines.signature import check_signature, read_key, sign_bundle
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DEFAULT_BATCH_SIZES = (1, 2, 4, 8, 16)
-
-EXIT_DOES_NOT_FIT = 1
-
-
-def positive_int(text: str) -> int:
-    """Parse one positive integer."""
-    (number,) = positive_ints(text) if "," not in text else (0,)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"one whole number is expected, not {text!r}")
-    return number
-
-
-def positive_ints(text: str) -> tuple[int, ...]:
-    """Parse `1,2,4` into sorted distinct positive integers."""
-    try:
-        numbers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"whole numbers separated by commas are expected, not {text!r}"
-        ) from None
-    if numbers[0] < 1:
-        raise argparse.ArgumentTypeError(f"numbers must be at least 1, not {numbers[0]}")
-    return tuple(numbers)
-
-
-def ints_or_none(text: str) -> tuple[int, ...]:
-    """Parse `1,2,4`, or `none` into nothing."""
-    return () if text == "none" else positive_ints(text)
-
-
-def bucket_list(text: str) -> tuple[Bucket, ...]:
-    """Parse `512x512,1024x1024`."""
-    try:
-        return tuple(Bucket.parse(label.strip()) for label in text.split(","))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def falling_ints(text: str) -> list[int]:
-    """Parse `999,749,499,249`; order and range are checked against the checkpoint."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"whole numbers separated by commas are expected, not {text!r}"
-        ) from None
-
-
-def backend_names(text: str) -> tuple[str, ...]:
-    """Parse `tensorrt,aotinductor`, in the order in which they are to be tried; or `eager`."""
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [name for name in names if name not in get_args(Backend)]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"backends are {', '.join(get_args(Backend))}, not {unknown[0]!r}")
-    return names
 
 
 def add_build_parser(commands: Commands) -> None:
@@ -109,11 +64,26 @@ def add_build_parser(commands: Commands) -> None:
     parser.add_argument(
         "--backends",
         type=backend_names,
-        default=("aotinductor",),
+        default=(Backend.AOTINDUCTOR,),
         metavar="NAME,NAME",
         help="aotinductor (default), tensorrt (a GPU and the extra tensorrt), or both: the first that fits a "
         "machine serves there; eager alone: no compiling",
     )
+    _add_compiling(parser)
+    parser.add_argument(
+        "--force", action="store_true", help="build a student that failed its gate or never had one; recorded"
+    )
+    parser.add_argument(
+        "--if-needed",
+        action="store_true",
+        help="return at once where DIR already fits this student and machine",
+    )
+    add_key_file(parser, "sign the bundle, and rebuild only one that this key has signed")
+    parser.set_defaults(run=run_build)
+
+
+def _add_compiling(parser: argparse.ArgumentParser) -> None:
+    """How it is compiled, not what."""
     parser.add_argument(
         "--threads", type=positive_int, default=1, help="threads that the worker will use; measured with it"
     )
@@ -157,16 +127,6 @@ def add_build_parser(commands: Commands) -> None:
         default="auto",
         help="what compiled decode computes in (default auto: bfloat16 where faster and close enough)",
     )
-    parser.add_argument(
-        "--force", action="store_true", help="build a student that failed its gate or never had one; recorded"
-    )
-    parser.add_argument(
-        "--if-needed",
-        action="store_true",
-        help="return at once where DIR already fits this student and machine",
-    )
-    _add_key_file(parser, "sign the bundle, and rebuild only one that this key has signed")
-    parser.set_defaults(run=run_build)
 
 
 def run_build(args: argparse.Namespace) -> int:
@@ -174,7 +134,7 @@ def run_build(args: argparse.Namespace) -> int:
     from engines.compile.needed import reason_to_build
 
     console = Console()
-    key = _key(args)
+    key = key_of(args)
     args.device = args.device or default_device()
     if args.static_batches is None:
         args.static_batches = args.batches if args.device == "cuda" else ()
@@ -197,15 +157,15 @@ def run_build(args: argparse.Namespace) -> int:
             static_batches=args.static_batches,
         )
         if reason is None:
-            _say(console, f"build: {args.out} is up to date")
+            say(console, f"build: {args.out} is up to date")
             return 0
-        _say(console, f"build: {reason}; building {args.out} from {args.student}")
+        say(console, f"build: {reason}; building {args.out} from {args.student}")
     with warnings.catch_warnings():
         # tracing and exporting warn about the libraries' own code; what matters is checked by parity
         warnings.simplefilter("ignore")
         _build(args, console)
     if key is not None:
-        _say(console, f"signed with key {sign_bundle(args.out, key).key}")
+        say(console, f"signed with key {sign_bundle(args.out, key).key}")
     return 0
 
 
@@ -219,8 +179,9 @@ def default_device() -> Device:
 
 
 def _build(args: argparse.Namespace, console: Console) -> None:
-    from engines.compile.build import BuildSettings, build_bundle, num_pieces
+    from engines.compile.build import build_bundle, num_pieces
     from engines.compile.progress import BuildProgress
+    from engines.compile.settings import BuildSettings
 
     settings = BuildSettings(
         student=args.student,
@@ -247,138 +208,7 @@ def _build(args: argparse.Namespace, console: Console) -> None:
     finally:
         signal.signal(signal.SIGTERM, previous)
     console.print(latency_table(manifest.latency))
-    _say(console, f"bundle written to {args.out}: {manifest.name} {manifest.version}, {manifest.backend}")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def add_adopt_parser(commands: Commands) -> None:
-    """Add `adopt` to the command line."""
-    parser = commands.add_parser(
-        "adopt",
-        help="make a student of few-step weights that somebody released",
-        description="Make a student of a base checkpoint and a LoRA, or of a checkpoint that was distilled "
-        "whole. Gate it, then build it.",
-    )
-    parser.add_argument("base", type=Path, help="diffusers directory of a known family")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="student directory to write")
-    parser.add_argument("--name", required=True, help="of the model")
-    parser.add_argument("--lora", type=Path, metavar="FILE", help="safetensors to merge into the network")
-    parser.add_argument(
-        "--lora-scale",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="of the LoRA, beside its own alpha and rank; what the model card says (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--steps", type=positive_ints, default=(), metavar="K,K", help="of the student, evenly spaced"
-    )
-    parser.add_argument(
-        "--timesteps",
-        type=falling_ints,
-        action="append",
-        default=[],
-        metavar="T,T,..",
-        help="that the student visits, as it was trained: 999,856,665,399; once for each number of steps",
-    )
-    parser.add_argument("--default-steps", type=positive_int, metavar="K", help="default: the most")
-    for side in ("height", "width", "frames"):
-        parser.add_argument(f"--{side}", type=positive_int, metavar="N", help="default: the base's own")
-    parser.add_argument("--fps", type=positive_int, default=8, metavar="N", help="default: %(default)s")
-    parser.add_argument("--max-text-tokens", type=positive_int, metavar="N", help="default: the base's own")
-    parser.add_argument(
-        "--example", action="append", default=[], metavar="PROMPT", help="that shows what it can draw"
-    )
-    parser.set_defaults(run=run_adopt)
-
-
-def run_adopt(args: argparse.Namespace) -> int:
-    """Make the student; say how to go on."""
-    from engines.compile.adopt import Adoption, adopt
-
-    out = adopt(
-        Adoption(
-            base=args.base,
-            out=args.out,
-            name=args.name,
-            lora=args.lora,
-            lora_scale=args.lora_scale,
-            timesteps={len(visited): visited for visited in args.timesteps},
-            num_steps=args.steps,
-            default_num_steps=args.default_steps,
-            height=args.height,
-            width=args.width,
-            frames=args.frames,
-            fps=args.fps,
-            max_text_tokens=args.max_text_tokens,
-            examples=args.example,
-        )
-    )
-    console = Console()
-    _say(console, f"student written to {out}")
-    _say(console, f"next: python -m engines gate {out} --teacher {args.base} --prompts FILE")
-    return 0
-
-
-def add_verify_parser(commands: Commands) -> None:
-    """Add `verify` to the command line."""
-    parser = commands.add_parser("verify", help="check a bundle: hashes, platform, agreement with eager")
-    parser.add_argument("bundle", type=Path)
-    _add_key_file(parser, "check that this key has signed it, too")
-    parser.set_defaults(run=run_verify)
-
-
-def run_verify(args: argparse.Namespace) -> int:
-    """Verify; exit status 0 if everything is well, 1 if only eager can serve the bundle here."""
-    from engines.compile.verify import verify_bundle
-
-    console = Console()
-    key = _key(args)
-    if key is not None:
-        check_signature(args.bundle, key)
-        _say(console, "signature: made with this key")
-    verdict = verify_bundle(args.bundle)
-    manifest = verdict.manifest
-    _say(console, f"hashes: {len(manifest.files)} files are as they were built ({manifest.version})")
-    for mismatch in verdict.mismatches:
-        _say(console, f"platform: {mismatch}")
-    if not manifest.engines:
-        _say(console, f"no compiled code: {manifest.eager_only}; eager serves")
-        return 0
-    if not verdict.fitting:
-        _say(console, "compiled code does not fit this machine; eager can serve, or build again")
-        return EXIT_DOES_NOT_FIT
-    which = f" ({', '.join(verdict.fitting)})" if verdict.mismatches else ""
-    _say(console, f"platform: compiled code fits this machine{which}")
-    console.print(parity_table(verdict.parity))
-    _say(console, "parity: compiled code agrees with eager")
-    return 0
-
-
-def add_sign_parser(commands: Commands) -> None:
-    """Add `sign` to the command line."""
-    parser = commands.add_parser("sign", help="sign a bundle, for workers that take only signed ones")
-    parser.add_argument("bundle", type=Path)
-    _add_key_file(parser, "key: at least 32 bytes (openssl rand -hex 32)", required=True)
-    parser.set_defaults(run=run_sign)
-
-
-def run_sign(args: argparse.Namespace) -> int:
-    """Sign a bundle that is whole."""
-    signed = sign_bundle(args.bundle, read_key(args.key_file))
-    _say(Console(), f"{args.bundle} signed with key {signed.key}")
-    return 0
-
-
-def _add_key_file(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
-    parser.add_argument("--key-file", type=Path, metavar="FILE", required=required, help=text)
-
-
-def _key(args: argparse.Namespace) -> bytes | None:
-    return None if args.key_file is None else read_key(args.key_file)
+    say(console, f"bundle written to {args.out}: {manifest.name} {manifest.version}, {manifest.backend}")
 
 
 def add_inspect_parser(commands: Commands) -> None:
@@ -402,7 +232,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     if manifest.device == "cuda":
         from engines.runtime.memory import plan_memory
 
-        _say(console, f"GPU memory\n{plan_memory(args.bundle, manifest).as_text()}")
+        say(console, f"GPU memory\n{plan_memory(args.bundle, manifest).as_text()}")
     return 0
 
 
@@ -465,7 +295,7 @@ def run_bench(args: argparse.Namespace) -> int:
         console.print(table)
     if args.out:
         write_result(args.out, manifest, rows, num_threads=num_threads)
-        _say(console, f"written to {args.out}")
+        say(console, f"written to {args.out}")
     return 0
 
 
@@ -498,11 +328,11 @@ def _run_gpu_bench(args: argparse.Namespace) -> int:
         ),
         console,
     )
-    _say(console, where(result))
+    say(console, where(result))
     for table in tables(result):
         console.print(table)
     plot = args.plot or out.with_suffix(".png")
     chart(result, plot)
-    _say(console, f"written to {out} and {plot}")
+    say(console, f"written to {out} and {plot}")
     failed = [name for name, entry in result["models"].items() if entry["failed"]]
     return 1 if failed else 0

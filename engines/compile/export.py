@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from engines.bundle import StageSpec, TensorSpec
+from engines.bundle.stages import StageSpec, TensorSpec
 from engines.errors import CompileError
 
 

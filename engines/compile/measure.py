@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from engines.bundle import Backend, LatencyRow, StageSpec
+from engines.bundle.latency import LatencyRow
+from engines.bundle.stages import Backend, StageSpec
 from engines.compile.export import example_inputs
 from engines.runtime.stages import Stage
 from engines.runtime.timing import MAX_CALLS, MIN_CALLS, median_ms

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from engines.bucket import Bucket
-from engines.bundle import Backend, Manifest, current_platform, read_manifest, verify_files
+from engines.bundle.bucket import Bucket
+from engines.bundle.integrity import verify_files
+from engines.bundle.manifest import Manifest, read_manifest
+from engines.bundle.platform import Device, compare_for_plan, compare_platforms, current_platform
+from engines.bundle.stages import Backend
 from engines.compile.student_files import changed_file
 from engines.errors import BundleError
 from engines.families.student import Student, read_student
-from engines.platform import Device, compare_for_plan, compare_platforms
 
 NO_COMPILER = "there was no C++ compiler when it was built"
 COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8"}
@@ -69,7 +71,7 @@ def reason_to_build(
         return "it was built for other batch sizes or threads"
     if manifest.device != device:
         return f"it was built for {manifest.device}"
-    wanted: list[Backend] = [backend for backend in backends if backend != "eager"]
+    wanted: list[Backend] = [backend for backend in backends if backend != Backend.EAGER]
     return _reason_to_compile(manifest, wanted, decode_dtype, precision, static_batches) if wanted else None
 
 
@@ -83,7 +85,7 @@ def _reason_to_compile(
     """Why the code of a bundle that is otherwise right must be compiled, or compiled again."""
     here = current_platform(manifest.device)
     for backend in backends:
-        compare = compare_for_plan if backend == "tensorrt" else compare_platforms
+        compare = compare_for_plan if backend == Backend.TENSORRT else compare_platforms
         mismatches = compare(manifest.platform, here)
         if mismatches:
             return f"its compiled code does not fit this machine ({mismatches[0]})"

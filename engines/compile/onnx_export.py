@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 
-from engines.bundle import StageSpec
+from engines.bundle.stages import StageSpec
 from engines.compile.export import export_stage
 from engines.errors import BackendUnavailable, CompileError
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engines.bundle import Backend, ParityRow, StageSpec
+from engines.bundle.manifest import ParityRow
+from engines.bundle.stages import Backend, StageSpec
 from engines.compile.export import example_inputs
 from engines.errors import ParityError
 from engines.runtime.stages import Stage

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from engines.bundle import ComputeDType, DType, StageName, StageSpec
+from engines.bundle.platform import Platform
+from engines.bundle.stages import Backend, ComputeDType, DType, StageName, StageSpec
 from engines.compile.export import example_inputs
 from engines.compile.parity import MAX_PIXEL_DIFFERENCE, compare, worst
+from engines.compile.settings import BuildSettings, Precision
 from engines.families.spec import FamilySpec
-from engines.platform import Platform
 from engines.runtime.stages import EagerEngine
-
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 MIN_SPEEDUP = 1.15
 TRIAL_BATCH = 4
@@ -46,6 +44,32 @@ def dtype_for(precision: Precision, stage: StageName, family: str) -> ComputeDTy
     if precision == "fp16" and stage == "text" and family == "sdxl":
         return "float16"
     return "bfloat16"
+
+
+def with_compute_dtype(
+    spec: StageSpec, settings: BuildSettings, family: FamilySpec, platform: Platform
+) -> StageSpec:
+    """Decide what compiled code of a stage computes in; on a CPU everything but decode stays float32.
+
+    In the denoiser bfloat16 gains a CPU a third, but a rounding there changes the path that the sampler
+    takes: the same seed would give visibly different pictures in different batches. On a GPU float32 would
+    cost a multiple.
+    """
+    precision = settings.precision or ("bf16" if settings.device == "cuda" else None)
+    eager_only = set(settings.backends) <= {Backend.EAGER}
+    if precision is not None and not (eager_only and settings.device == "cpu"):
+        if eager_only and precision == "fp8":  # compiled code alone has it
+            precision = "bf16"
+        dtype = dtype_for(precision, spec.name, family.name)
+        if spec.name == "decode" and settings.decode_dtype != "auto":
+            dtype = settings.decode_dtype
+        return spec.model_copy(update={"compute_dtype": dtype})
+    if spec.name != "decode" or settings.backends == (Backend.EAGER,):
+        return spec
+    if settings.decode_dtype != "auto":
+        return spec.model_copy(update={"compute_dtype": settings.decode_dtype})
+    chosen = choose_dtype(family, settings.out / "checkpoint", spec, platform)
+    return spec.model_copy(update={"compute_dtype": chosen})
 
 
 def choose_dtype(family: FamilySpec, checkpoint: Path, spec: StageSpec, platform: Platform) -> DType:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from engines.bundle import hash_file
+from engines.bundle.integrity import hash_file
 from engines.families.spec import FAMILIES
 
 PACKAGE = Path(__file__).resolve().parent.parent

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from engines.bundle import Manifest, hash_file
+from engines.bundle.integrity import hash_file
+from engines.bundle.manifest import Manifest
 from engines.families.student import STUDENT
 from engines.files import replacing
 

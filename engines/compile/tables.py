@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from engines.bucket import Bucket
-from engines.bundle import GateVerdict, LatencyRow, Manifest, ParityRow
+from engines.bundle.bucket import Bucket
+from engines.bundle.latency import LatencyRow
+from engines.bundle.manifest import GateVerdict, Manifest, ParityRow
 
 if TYPE_CHECKING:
     from engines.compile.bench import BenchRow

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engines.bundle import EngineFile, StageSpec, hash_file
+from engines.bundle.integrity import hash_file
+from engines.bundle.manifest import EngineFile
+from engines.bundle.platform import Platform
+from engines.bundle.stages import Backend, StageSpec
 from engines.compile.onnx_export import OPSET, export_onnx
 from engines.compile.plan_report import read_plan_report
 from engines.compile.sources import hash_sources
@@ -24,7 +27,6 @@ from engines.errors import CompileError
 from engines.families.checkpoint import read_json, weight_files
 from engines.families.spec import get_family
 from engines.files import atomic_write
-from engines.platform import Platform
 from engines.runtime.stages import MODULE_DTYPES
 from engines.runtime.tensorrt import import_tensorrt, last_lines, make_logger
 
@@ -72,7 +74,7 @@ def describe_plan(job: PlanJob) -> EngineFile:
     return EngineFile(
         stage=job.spec.name,
         bucket=job.spec.bucket,
-        backend="tensorrt",
+        backend=Backend.TENSORRT,
         min_batch=1,
         max_batch=job.batch_sizes[-1],
         path=f"{stem}.plan",

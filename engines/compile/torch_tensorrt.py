@@ -19,7 +19,7 @@ from typing import Any, Final
 from torch import nn
 from torch.export import Dim
 
-from engines.bundle import StageSpec
+from engines.bundle.stages import StageSpec
 from engines.compile.export import example_inputs, export_stage
 from engines.errors import BackendUnavailable, CompileError
 from engines.runtime.stages import torch_dtype

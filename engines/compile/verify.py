@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
-from engines.bundle import Backend, Manifest, ParityRow, check_platform, verify_files
+from engines.bundle.integrity import check_platform, verify_files
+from engines.bundle.manifest import Manifest, ParityRow
+from engines.bundle.platform import Mismatch
+from engines.bundle.stages import Backend
 from engines.compile.parity import check_parity
-from engines.platform import Mismatch
-from engines.runtime.backends import compiled_stages
+from engines.runtime.backends import BACKENDS
 from engines.runtime.stages import EagerStages
 
 
@@ -45,7 +47,7 @@ def verify_bundle(directory: Path) -> Verdict:
         torch.set_num_threads(manifest.num_threads)
         device = torch.device(manifest.device)
         uncompiled = EagerStages(directory, manifest, device)
-        loaders = {backend: compiled_stages(directory, manifest, backend, device) for backend in fitting}
+        loaders = {backend: BACKENDS[backend](directory, manifest, device) for backend in fitting}
         for spec in manifest.stages:
             eager = uncompiled.load(spec)
             for backend, loader in loaders.items():

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engines.demo.scenes import Scene, Split, render, sample_scenes
+from engines.demo.renderer import render
+from engines.demo.scenes import Scene, Split, sample_scenes
 
 SHARD_SIZE = 1000
 

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engines.bundle.platform import has_fast_bfloat16
 from engines.errors import TrainingError
-from engines.platform import has_fast_bfloat16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,15 +23,15 @@ from rich.console import Console
 
 from engines.distill.config import read_config
 from engines.distill.cost import iterations_within
-from engines.distill.evaluator import Evaluator, GateConfig
-from engines.distill.frechet import Reference
-from engines.distill.gate import Measurements, identities
-from engines.distill.report import Spread
-from engines.distill.student import write_json
 from engines.distill.trainer import distill
-from engines.distill.verdict import Row
 from engines.errors import CheckpointError, ConfigError
 from engines.families.checkpoint import read_json
+from engines.files import write_json
+from engines.gate.evaluator import Evaluator, GateConfig
+from engines.gate.frechet import Reference
+from engines.gate.gate import Measurements, identities
+from engines.gate.report import Spread
+from engines.gate.verdict import Row
 from engines.processes import start_child
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

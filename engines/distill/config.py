@@ -18,11 +18,11 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
+from engines.bundle.platform import has_fast_bfloat16
 from engines.distill.lcm import ConsistencyObjective
-from engines.distill.tdm import Objective
+from engines.distill.objective import Objective
 from engines.errors import ConfigError
-from engines.platform import has_fast_bfloat16
 from engines.schedule import student_timesteps
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -133,10 +133,10 @@ class DistillConfig(BaseModel):
         examples: prompts that show what the student can draw; its users are offered them.
         method: "tdm" (arXiv:2503.06674); "dmd2" (arXiv:2405.14867 without its GAN), which is a preset of
             `objective` and `fake_updates`, see `DMD2`; or "lcm" (arXiv:2310.04378), see `lcm`.
-        objective: see `tdm.Objective`; "lcm" looks at the guidance scale alone.
+        objective: see `Objective`; "lcm" looks at the guidance scale alone.
         consistency: see `lcm.ConsistencyObjective`.
-        latents: for "lcm": a file of `lcm.write_latents`, or "demo" for rendered scenes. Prompts are those of
-            the latents, the first `num_prompts`.
+        latents: for "lcm": a file of `latents.write_latents`, or "demo" for rendered scenes. Prompts are
+            those of the latents, the first `num_prompts`.
         fake_pull: share by which each iteration moves the fake score's weights to the student's.
         lora: train adapters of this form on the teacher's frozen weights, instead of full copies.
         teacher_dtype: of the frozen weights in memory. What learns is fp32 in any case, so full copies need

@@ -19,16 +19,17 @@ from engines.distill.checkpoint import TrainingState
 from engines.distill.config import DistillConfig, EarlyStopSettings
 from engines.distill.disk import room_for
 from engines.distill.distributed import World, collected, sharded_like
-from engines.distill.domains import DEMOS, DemoDomain, FileDomain, PromptSet, Reader
-from engines.distill.evaluator import NUM_AXES, REFERENCE_SEED, digest, noise_seeds, read_accuracy
-from engines.distill.features import Features, check_features, make_features
-from engines.distill.frechet import Reference
-from engines.distill.pictures import Codec
 from engines.distill.prompts import PromptBank, load_prompt_bank
-from engines.distill.student import write_json
 from engines.distill.studio import Studio
+from engines.domains import default_domain, load_domain
 from engines.errors import CheckpointError
+from engines.families.codec import Codec
 from engines.families.spec import family_of
+from engines.files import write_json
+from engines.gate.domain import Domain, FileDomain, Judge, PromptSet
+from engines.gate.evaluator import NUM_AXES, REFERENCE_SEED, digest, noise_seeds, read_accuracy
+from engines.gate.features import Features, check_features, make_features
+from engines.gate.frechet import Reference
 
 PROMPT_SEED = 30_000
 """Of prompts and noise that a gate does not draw: whom it judges must not be chosen by its own pictures."""
@@ -59,12 +60,13 @@ class Examiner:
         self._studio, self._bank, self._config, self._device = studio, bank, config, device
         self._world = studio.world
         kind = family_of(config.teacher).kind
-        self._demo: DemoDomain | None = DEMOS[kind] if isinstance(config.prompts, str) else None
+        drawn = isinstance(config.prompts, str)
+        self._demo: Domain | None = load_domain(default_domain(kind)) if drawn else None
         self._num_steps = self.settings.num_steps or config.default_num_steps
         domain = self._demo or FileDomain(tuple(bank.captions))
         self._prompts = domain.prompts(PROMPT_SEED, self.settings.pictures)
         self._cond = self._encode(self._prompts)
-        self._judge: Reader | None = None
+        self._judge: Judge | None = None
         self._features: Features | None = None
         self._world.main_only(self._load)
 
@@ -94,7 +96,7 @@ class Examiner:
                 settings.features, encode, batch=FEATURE_BATCH, device=self._device
             )
             return
-        path = settings.judge or _shipped(self._demo.judge_name)
+        path = settings.judge or self._demo.judge_file
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file; early_stop.judge names the demo's judge")
         self._judge = self._demo.load_judge(path)
@@ -315,7 +317,3 @@ def _read_features(path: Path, key: str) -> Tensor | None:
     with safe_open(path, framework="pt") as file:
         found: Tensor | None = file.get_tensor("features") if file.metadata() == {"key": key} else None
     return found
-
-
-def _shipped(name: str) -> Path:
-    return Path(__file__).parents[1] / "demo" / "checkpoints" / name

@@ -14,25 +14,20 @@ What differs from the paper. One guidance scale is distilled instead of a range 
 students of this project are sampled by a deterministic DDIM step on f's x0; the paper adds fresh noise
 between steps, which often does better with more than one step. Unlike TDM this needs clean latents:
 `latents_of_scenes` renders the demo's own pictures, or a file holds latents of a teacher or an autoencoder
-(`write_latents`). A comparison with TDM, which sees no pictures, favours this baseline there.
+(`write_latents`), see `latents`. A comparison with TDM, which sees no pictures, favours this baseline there.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.denoiser import Conditioning, Denoiser, x0_to_eps
-from engines.distill.tdm import Query, guided_x0, row_mean
-from engines.errors import ConfigError
+from engines.distill.forward import Query, row_mean
+from engines.distill.tdm import guided_x0
 from engines.sampler import ddim_step
 from engines.schedule import CLEAN
 
@@ -150,56 +145,3 @@ def consistency_loss(
 
 
 # Latents
-
-
-@dataclass(frozen=True, slots=True)
-class Latents:
-    """Clean latents (N, ...) fp16 on the CPU, and the prompt of each."""
-
-    latents: Tensor
-    prompts: list[str]
-
-
-def write_latents(path: Path, latents: Tensor, prompts: Sequence[str]) -> None:
-    """Write clean latents (N, ...) with their prompts, for `read_latents`."""
-    if len(latents) != len(prompts):
-        raise ValueError(f"{len(latents)} rows of latents and {len(prompts)} prompts")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": latents.half().contiguous()}, path, {"prompts": json.dumps(list(prompts))})
-
-
-def read_latents(path: Path, shape: tuple[int, ...], limit: int) -> Latents:
-    """Read the first rows of a file.
-
-    Raises:
-        ConfigError: it is missing or no such file, has no prompts, or latents of another shape.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            prompts = json.loads((file.metadata() or {}).get("prompts", "null"))
-            latents = file.get_tensor("latents")[:limit]
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ConfigError(f"latents: cannot read {path}: {error}") from None
-    if not isinstance(prompts, list) or len(prompts[:limit]) != len(latents) or len(latents) == 0:
-        raise ConfigError(f"latents: {path}: metadata prompts: a list with one prompt per row is expected")
-    if tuple(latents.shape[1:]) != shape:
-        raise ConfigError(f"latents: {path}: rows of {tuple(latents.shape[1:])}, the teacher's are {shape}")
-    return Latents(latents.half(), [str(prompt) for prompt in prompts[:limit]])
-
-
-def latents_of_scenes(teacher: Path, num: int, seed: int, device: torch.device | str = "cpu") -> Latents:
-    """Render the demo's scenes, as many captions complete as in the demo's prompts, and encode them."""
-    import numpy as np
-
-    from engines.demo.scenes import render, sample_scenes
-    from engines.distill.pictures import Codec
-
-    codec, rng = Codec(teacher, device), np.random.default_rng([seed, 2])
-    num_two = round(0.3 * num)
-    scenes = [
-        *sample_scenes(num - num_two, seed, split="train", num_objects=1),
-        *sample_scenes(num_two, seed, split="train", num_objects=2),
-    ]
-    prompts = [(scene.partly_said(rng) if rng.random() < 0.75 else scene).caption() for scene in scenes]
-    encoded = [codec.encode(part).half() for part in render(scenes, seed).split(250)]
-    return Latents(torch.cat(encoded), prompts)

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engines.captions import read_captions
 from engines.denoiser import Conditioning, concat
-from engines.distill.captions import read_captions
 from engines.distill.config import DistillConfig, PromptSource
 from engines.distill.disk import room_for
+from engines.domains import load_domain
 from engines.families.spec import FamilySpec, family_of
 
 CHUNK = 256
@@ -28,14 +29,8 @@ def load_prompts(source: PromptSource, num_prompts: int, seed: int) -> list[str]
     Raises:
         ConfigError: as `captions.read_captions`.
     """
-    if source == "demo":
-        from engines.demo.scenes import sample_captions
-
-        return sample_captions(num_prompts, seed, split="train")
-    if source == "demo-video":
-        from engines.demo.video.scenes import sample_captions as sample_video_captions
-
-        return sample_video_captions(num_prompts, seed, split="train")
+    if isinstance(source, str):
+        return load_domain(source).captions(num_prompts, seed)
     return read_captions(source, num_prompts)
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from engines.denoiser import Conditioning, Denoiser
-from engines.distill import tdm
-from engines.distill.tdm import Objective
+from engines.distill import tdm, trajectory
+from engines.distill.objective import Objective
 from engines.schedule import NoiseSchedule, flow_schedule, student_timesteps
 
 CENTRES = 1.5 * torch.tensor([[math.cos(a), math.sin(a)] for a in torch.arange(6) * (2 * math.pi / 6)])
@@ -80,9 +80,11 @@ def conditioning(num_steps: Tensor) -> Conditioning:
 
 
 def even_grids(schedule: NoiseSchedule) -> Tensor:
-    """`tdm.timestep_table` of the evenly spaced trajectories."""
+    """`trajectory.timestep_table` of the evenly spaced trajectories."""
     counts = range(1, MAX_NUM_STEPS + 1)
-    return tdm.timestep_table({count: student_timesteps(count, schedule.num_timesteps) for count in counts})
+    return trajectory.timestep_table(
+        {count: student_timesteps(count, schedule.num_timesteps) for count in counts}
+    )
 
 
 def distill_ring(
@@ -102,9 +104,9 @@ def distill_ring(
     for iteration in range(iterations):
         for adam, lr in ((student_adam, 1e-3), (fake_adam, 3e-3)):
             adam.param_groups[0]["lr"] = lr * min(1.0, 2.5 * (1 - iteration / iterations))
-        counts, step = tdm.draw_steps(batch, num_steps, rng)
+        counts, step = trajectory.draw_steps(batch, num_steps, rng)
         noise = torch.randn(batch, 2, 1, 1, generator=rng)
-        at = tdm.student_step(student, noise, conditioning(counts), table[counts], step)
+        at = trajectory.student_step(student, noise, conditioning(counts), table[counts], step)
         for _ in range(fake_updates):
             fake_adam.zero_grad()
             tdm.fake_score_loss(fake_score, at, objective, rng).mean().backward()
@@ -125,7 +127,7 @@ def landings(model: Denoiser, num: int, num_steps: int, seed: int = 8) -> list[t
     noise = torch.randn(num, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
     counts, table = torch.full((num,), num_steps), even_grids(model.schedule)
     steps = (
-        tdm.student_step(model, noise, conditioning(counts), table[counts], torch.full((num,), index))
+        trajectory.student_step(model, noise, conditioning(counts), table[counts], torch.full((num,), index))
         for index in range(num_steps)
     )
     return [(int(at.next_timesteps[0]), at.landing.view(-1, 2)) for at in steps]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from engines.distill.config import DistillConfig
+from engines.distill.disk import room_for
 from engines.distill.prompts import PromptBank
 from engines.distill.studio import Studio
+from engines.gate.report import save_contact_sheet
 
 NUM_FRAMES = 4
 """Of a video that are shown."""
@@ -95,3 +98,10 @@ def filmstrips(videos: Tensor) -> Tensor:
 
 def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count} steps"
+
+
+def save_sheet(path: Path, sheet: Image.Image) -> None:
+    """Write a sheet where there may be no room for it."""
+    with room_for(path, 3 * sheet.width * sheet.height, "The last checkpoint stays"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_contact_sheet(path, sheet)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,27 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.denoiser import is_step_aware
 from engines.distill.config import DistillConfig
 from engines.distill.disk import room_for
 from engines.errors import CheckpointError, ConfigError
-from engines.families.checkpoint import check_safetensors, read_json, weight_files
+from engines.families.checkpoint import check_safetensors, weight_files
+from engines.families.scheduler import load_schedule
 from engines.families.spec import FamilySpec, family_of
 from engines.families.student import read_student
-from engines.files import atomic_write
+from engines.files import write_json
 from engines.schedule import NoiseSchedule
-
-# fmt: off
-SCHEDULERS = (
-    "DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete",
-    "KDPM2Discrete", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep",
-    "SASolver", "LCM", "TCD", "CogVideoXDDIM", "CogVideoXDPM", "FlowMatchEulerDiscrete",
-    "FlowMatchHeunDiscrete", "FlowMatchLCM",
-)
-# fmt: on
-"""Diffusers' solvers for models trained with betas or flow matching. Others, of EDM models for one, keep
-their noise levels in fields that `NoiseSchedule` does not read, and it must not fall back to its defaults."""
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -135,33 +123,6 @@ def load_initial_weights(config: DistillConfig, teacher: Teacher) -> dict[str, T
     return weights
 
 
-def load_schedule(directory: Path) -> NoiseSchedule:
-    """Read the noise levels of a diffusers directory.
-
-    Raises:
-        CheckpointError: the scheduler's config is missing, or asks for what `NoiseSchedule` does not know;
-            names the field.
-    """
-    path = directory / "scheduler" / "scheduler_config.json"
-    config = read_json(path)
-    name = str(config.get("_class_name"))
-    if name.removesuffix("Scheduler") not in SCHEDULERS:
-        raise CheckpointError(
-            f"{path}: field _class_name: {name} is not supported: the noise levels of a "
-            "diffusion (DDPM) or flow-matching model are expected"
-        )
-    try:
-        schedule = NoiseSchedule.from_config(config)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if not bool((schedule.alphas.diff() < 0).all()):
-        raise CheckpointError(
-            f"{path}: fields beta_start, beta_end: noise has to rise with every timestep, with "
-            f"{config.get('beta_start')} and {config.get('beta_end')} it does not"
-        )
-    return schedule
-
-
 def student_bucket(config: DistillConfig, family: FamilySpec) -> tuple[Bucket, tuple[int, ...]]:
     """What the student draws, and the shape of one row of its latents.
 
@@ -254,12 +215,3 @@ def describe(
         "training": dict(training),
         "gate": None,
     }
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one move. NaN is refused: it is not JSON."""
-    atomic_write(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def num_parameters(network: nn.Module) -> int:
-    return sum(math.prod(parameter.shape) for parameter in network.parameters())

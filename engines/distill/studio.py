@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.denoiser import Conditioning, NetworkDenoiser
 from engines.distill.checkpoint import TrainingState
 from engines.distill.distributed import World, local
-from engines.distill.pictures import Codec
 from engines.distill.roles import Roles
+from engines.families.codec import Codec
 from engines.noise import seeded_latents
 from engines.sampler import sample
 from engines.schedule import student_timesteps

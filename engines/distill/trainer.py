@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engines.distill import lcm, tdm
+from engines.distill import lcm, tdm, trajectory
 from engines.distill.checkpoint import (
-    TrainingState,
     checkpoint_iterations,
     latest_checkpoint,
     load_checkpoint,
@@ -32,29 +27,22 @@ from engines.distill.cost import row_forwards
 from engines.distill.disk import room_for
 from engines.distill.distributed import World, clip_gradients, joined, wants_shards
 from engines.distill.early_stop import EarlyStop, Examiner
+from engines.distill.grid import check_schedule
+from engines.distill.latents import load_latents
 from engines.distill.log import RunLog
 from engines.distill.meter import Meter
 from engines.distill.prompts import PromptBank, load_prompt_bank
-from engines.distill.report import save_contact_sheet
-from engines.distill.roles import separate_roles, shared_roles
-from engines.distill.samples import SampleSheets
-from engines.distill.student import (
-    Teacher,
-    load_initial_weights,
-    load_teacher,
-    num_parameters,
-    student_bucket,
-    write_student,
-)
+from engines.distill.roles import Roles, separate_roles, shared_roles
+from engines.distill.samples import SampleSheets, save_sheet
+from engines.distill.stop import stop_signals
+from engines.distill.student import Teacher, load_initial_weights, load_teacher, student_bucket, write_student
 from engines.distill.studio import Studio
-from engines.distill.updates import lr_factor, make_optimizer, update_average
+from engines.distill.updates import lr_factor, make_state, update_average
 from engines.errors import ConfigError, TrainingError
-from engines.schedule import NoiseSchedule
+from engines.gate.evaluator import num_parameters
 
 AUTOCAST = {"none": None, "bfloat16": torch.bfloat16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MIN_EPSILON_ALPHA = 0.01
-"""Below it x0 = (x - sigma eps) / alpha multiplies every error of the network by more than a hundred."""
 SEED_STRIDE = 1_000_003
 """Iterations before the next seed's draws repeat. Torch seeds its generators from the low 32 bits alone."""
 
@@ -148,47 +136,12 @@ class Trainer:
         teacher = replace(teacher, schedule=schedule.to(self.device))
         self.bucket, self.shape = student_bucket(config, teacher.family)
         self.uncond = bank.uncond.to(self.device)
-        autocast = AUTOCAST[config.autocast]
-        max_num_steps, zero_row = max(config.num_steps), config.default_num_steps
-        if config.gradient_checkpointing:
-            network: Any = teacher.network
-            network.enable_gradient_checkpointing()
-        if config.lora is None:
-            self.roles = separate_roles(
-                teacher, max_num_steps=max_num_steps, zero_row=zero_row, autocast=autocast
-            )
-            if config.student_init is not None:
-                self.roles.student.network.load_state_dict(load_initial_weights(config, teacher))
-        else:
-            self.roles = shared_roles(
-                teacher,
-                config.lora,
-                max_num_steps=max_num_steps,
-                zero_row=zero_row,
-                autocast=autocast,
-                seed=config.seed,
-            )
+        self.roles = _make_roles(config, teacher)
         family = teacher.family
         self.roles.spread(self.world, family.predict, family.steps_key, shard=self.shard)
-        parameters = self.roles.parameters
-        average = {key: value.detach().clone() for key, value in parameters["student"].items()}
-        if config.method == "lcm":
-            # its third network is the average itself
-            average = {key: value.detach() for key, value in parameters["fake_score"].items()}
-            for key, value in parameters["student"].items():
-                average[key].copy_(value.detach())
-            parameters = {"student": parameters["student"]}
-        rates = {"student": config.student_lr, "fake_score": config.fake_lr}
-        self.state = TrainingState(
-            parameters=parameters,
-            optimizers={
-                name: make_optimizer(parameters[name], rates[name], config, teacher.family.steps_key)
-                for name in parameters
-            },
-            average=average,
-        )
+        self.state = make_state(config, self.roles.parameters, family.steps_key)
         visited = config.student_timesteps(schedule.num_timesteps)
-        self.table = tdm.timestep_table(visited)
+        self.table = trajectory.timestep_table(visited)
         self.meter = Meter(config.num_steps)
         self.studio = Studio(
             config.teacher,
@@ -219,7 +172,7 @@ class Trainer:
             console=console,
             writes=self.world.is_main,
         )
-        with log, _attention(self.device), _stop_signals() as stop:
+        with log, _attention(self.device), stop_signals() as stop:
             if self.early_stop is not None:
                 self.early_stop.resume()
             self._look(log, resumed=True)
@@ -262,7 +215,7 @@ class Trainer:
         done = resumed and self.world.first(path.exists())
         if every and iteration and iteration % every == 0 and not done:
             sheet = self.sheets.draw()
-            self.world.main_only(lambda: _save_sheet(path, sheet))
+            self.world.main_only(lambda: save_sheet(path, sheet))
             log.picture("samples", sheet, iteration)
         stop = self.early_stop
         if stop is not None and stop.is_due:
@@ -290,15 +243,15 @@ class Trainer:
         config, share = self.config, self.share
         cond = self.bank.draw(config.batch_size, rng, share)
         noise = torch.randn(config.batch_size, *self.shape, generator=rng)[share].to(self.device)
-        num_steps, step = tdm.draw_steps(config.batch_size, config.num_steps, rng)
+        num_steps, step = trajectory.draw_steps(config.batch_size, config.num_steps, rng)
         visited = self.table[num_steps]
         if config.grid_jitter > 0.0:
-            visited = tdm.jitter(visited, num_steps, config.grid_jitter, rng)
+            visited = trajectory.jitter(visited, num_steps, config.grid_jitter, rng)
         num_calls = int(step.max()) if self.shard else None
         num_steps, step, visited = num_steps[share], step[share], visited[share]
         cond = replace(cond, num_steps=num_steps).to(self.device)
         roles = self.roles
-        at = tdm.student_step(
+        at = trajectory.student_step(
             roles.student,
             noise,
             cond,
@@ -373,7 +326,7 @@ class Trainer:
         }
 
     def _update_fake_score(
-        self, at: tdm.StudentStep, factor: float, rng: torch.Generator
+        self, at: trajectory.StudentStep, factor: float, rng: torch.Generator
     ) -> tuple[Tensor, float]:
         roles = self.roles
         rows = tdm.fake_score_loss(roles.fake_score, at, self.config.objective, rng, teacher=roles.teacher)
@@ -402,85 +355,28 @@ class Trainer:
         return norm
 
 
-def check_schedule(config: DistillConfig, schedule: NoiseSchedule) -> None:
-    """Refuse settings that a teacher's noise levels do not allow.
-
-    Raises:
-        ConfigError: timesteps that the teacher does not have or an epsilon model cannot start from, or a K
-            that leaves no room between its steps; names the setting.
-    """
-    if (config.grid_timesteps or 1) > schedule.num_timesteps:
-        raise ConfigError(
-            f"grid_timesteps: {config.grid_timesteps}, the teacher has {schedule.num_timesteps} timesteps"
+def _make_roles(config: DistillConfig, teacher: Teacher) -> Roles:
+    """The three networks: whole copies, or adapters on one base."""
+    autocast = AUTOCAST[config.autocast]
+    max_num_steps, zero_row = max(config.num_steps), config.default_num_steps
+    if config.gradient_checkpointing:
+        network: Any = teacher.network
+        network.enable_gradient_checkpointing()
+    if config.lora is not None:
+        return shared_roles(
+            teacher,
+            config.lora,
+            max_num_steps=max_num_steps,
+            zero_row=zero_row,
+            autocast=autocast,
+            seed=config.seed,
         )
-    try:
-        table = tdm.timestep_table(config.student_timesteps(schedule.num_timesteps))
-    except ValueError as error:
-        raise ConfigError(f"timesteps: {error}") from None
-    if int(table.max()) >= schedule.num_timesteps:
-        raise ConfigError(
-            f"timesteps: {int(table.max())} is not among the teacher's {schedule.num_timesteps}"
-        )
-    if schedule.prediction_type == "epsilon" and float(schedule.alphas[table.max()]) < MIN_EPSILON_ALPHA:
-        raise ConfigError(
-            f"timesteps: an epsilon model cannot say its x0 at timestep {int(table.max())}, where alpha is "
-            f"{float(schedule.alphas[table.max()]):.3f}; set grid_timesteps to 900 or less"
-        )
-    if config.method == "lcm":
-        grid = config.grid_timesteps or schedule.num_timesteps
-        if config.consistency.skip > grid:
-            raise ConfigError(f"consistency.skip: {config.consistency.skip} is more than {grid} timesteps")
-        return
-    for count in config.num_steps:
-        step = torch.arange(count)
-        now, to = tdm.step_ends(table[torch.full_like(step, count)], step)
-        try:
-            tdm.draw_tau(now, to, config.objective, torch.Generator())
-        except ValueError as error:
-            raise ConfigError(f"num_steps: {count} steps: {error}") from None
-
-
-def _save_sheet(path: Path, sheet: Image.Image) -> None:
-    with room_for(path, 3 * sheet.width * sheet.height, "The last checkpoint stays"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_contact_sheet(path, sheet)
+    roles = separate_roles(teacher, max_num_steps=max_num_steps, zero_row=zero_row, autocast=autocast)
+    if config.student_init is not None:
+        roles.student.network.load_state_dict(load_initial_weights(config, teacher))
+    return roles
 
 
 def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
     # on the CPU, plain matrix products train few tokens 1.5 times as fast as the fused kernels
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-
-
-def load_latents(
-    config: DistillConfig, shape: tuple[int, ...], device: torch.device | str = "cpu"
-) -> lcm.Latents | None:
-    """Read or make the clean latents that a method needs, with their prompts; None for one that needs none.
-
-    Raises:
-        ConfigError: they cannot be read, or are of another shape.
-    """
-    if config.latents is None:
-        return None
-    if isinstance(config.latents, Path):
-        return lcm.read_latents(config.latents, shape, config.num_prompts)
-    made = lcm.latents_of_scenes(config.teacher, config.num_prompts, config.seed, device)
-    if tuple(made.latents.shape[1:]) != shape:
-        raise ConfigError(f"latents: scenes give rows of {tuple(made.latents.shape[1:])}, not {shape}")
-    return made
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them, so that an iteration is finished and saved."""
-    received: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        del frame
-        received.append(number)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -39,6 +39,27 @@ def make_optimizer(
     return optimizer
 
 
+def make_state(
+    config: DistillConfig, parameters: Mapping[str, Mapping[str, nn.Parameter]], steps_key: str
+) -> TrainingState:
+    """What is trained, and by which optimizers."""
+    average = {key: value.detach().clone() for key, value in parameters["student"].items()}
+    if config.method == "lcm":
+        # its third network is the average itself
+        average = {key: value.detach() for key, value in parameters["fake_score"].items()}
+        for key, value in parameters["student"].items():
+            average[key].copy_(value.detach())
+        parameters = {"student": parameters["student"]}
+    rates = {"student": config.student_lr, "fake_score": config.fake_lr}
+    return TrainingState(
+        parameters=parameters,
+        optimizers={
+            name: make_optimizer(parameters[name], rates[name], config, steps_key) for name in parameters
+        },
+        average=average,
+    )
+
+
 def lr_factor(iteration: int, config: DistillConfig) -> float:
     """Share of the peak learning rate in an iteration (from 0): a linear rise, a plateau, a linear fall."""
     rise = (iteration + 1) / max(1, config.warmup_iterations)

@@ -18,8 +18,8 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTran
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
-from engines.bucket import Bucket
-from engines.bundle import StageSpec, TensorSpec
+from engines.bundle.bucket import Bucket
+from engines.bundle.stages import StageSpec, TensorSpec
 from engines.denoiser import Conditioning
 from engines.errors import CheckpointError
 from engines.families.checkpoint import read_json, read_part_config

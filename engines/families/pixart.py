@@ -15,8 +15,8 @@ from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbedding
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
-from engines.bucket import Bucket
-from engines.bundle import StageSpec, TensorSpec
+from engines.bundle.bucket import Bucket
+from engines.bundle.stages import StageSpec, TensorSpec
 from engines.denoiser import Conditioning
 from engines.errors import CheckpointError
 from engines.families.checkpoint import read_json, read_part_config

@@ -13,8 +13,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
-from engines.bucket import Bucket
-from engines.bundle import StageSpec, TensorSpec
+from engines.bundle.bucket import Bucket
+from engines.bundle.stages import StageSpec, TensorSpec
 from engines.denoiser import Conditioning
 from engines.errors import CheckpointError
 from engines.families.checkpoint import read_json, read_part_config

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from engines.bucket import Bucket
-from engines.bundle import StageSpec
+from engines.bundle.bucket import Bucket
+from engines.bundle.stages import StageSpec
 from engines.errors import CheckpointError
 from engines.families.checkpoint import read_json
 from engines.families.student import Student

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.errors import CheckpointError
 from engines.families.checkpoint import read_json
 

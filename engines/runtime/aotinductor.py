@@ -18,7 +18,8 @@ from pydantic.types import StringConstraints
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engines.bundle import DType, EngineFile, StageSpec
+from engines.bundle.manifest import EngineFile
+from engines.bundle.stages import DType, StageSpec
 from engines.errors import BundleError, CheckpointError
 from engines.families.checkpoint import check_safetensors, weight_files
 from engines.runtime.rowwise import quantise_rows

@@ -1,19 +1,24 @@
-"""The compiled stages of a bundle, on whichever backend is asked for."""
+"""Backends by name: what loads the stages of a bundle to run on each of them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from engines.bundle import Backend, Manifest, StageSpec
+from engines.bundle.integrity import check_platform
+from engines.bundle.manifest import Manifest
+from engines.bundle.stages import Backend, StageSpec
+from engines.errors import BackendUnavailable
 from engines.runtime.aotinductor import Constants
-from engines.runtime.stages import Stage, load_compiled_stage
+from engines.runtime.stages import EagerStages, Stage, load_compiled_stage
 from engines.runtime.tensorrt import TensorRtStages
 
 
-class CompiledStages(Protocol):
+class BackendStages(Protocol):
     """Loads stages of one bundle on one backend; they share what can be shared."""
 
     def load(self, spec: StageSpec) -> Stage:
@@ -34,19 +39,35 @@ class AotInductorStages:
         self._constants = Constants(bundle, device)
 
     def load(self, spec: StageSpec) -> Stage:
-        """As `CompiledStages`."""
+        """As `BackendStages`."""
         return load_compiled_stage(self._bundle, self._manifest, spec, self._constants)
 
 
-def compiled_stages(
-    bundle: Path, manifest: Manifest, backend: Backend, device: torch.device
-) -> CompiledStages:
-    """What loads stages on `backend`, which is not `eager`.
+BACKENDS: Mapping[Backend, Callable[[Path, Manifest, torch.device], BackendStages]] = {
+    Backend.EAGER: partial(EagerStages, reference=False),
+    Backend.AOTINDUCTOR: AotInductorStages,
+    Backend.TENSORRT: TensorRtStages,
+}
+"""A bundle's directory, its manifest and a device to what loads its stages. Making it raises
+`BackendUnavailable` where the backend is not installed."""
+
+
+def check_backend(manifest: Manifest, backend: Backend) -> None:
+    """Refuse compiled code that is not there or does not fit this machine.
 
     Raises:
-        BackendUnavailable: the backend is not installed here.
+        BackendUnavailable: so it is.
     """
-    if backend == "tensorrt":
-        return TensorRtStages(bundle, manifest, device)
-    assert backend == "aotinductor"
-    return AotInductorStages(bundle, manifest, device)
+    if backend == Backend.EAGER:
+        return
+    if not manifest.engines:
+        raise BackendUnavailable(f"this bundle has no compiled code ({manifest.eager_only})")
+    if backend not in manifest.compiled_backends:
+        raise BackendUnavailable(
+            f"this bundle has no {backend} engines, only {', '.join(manifest.compiled_backends)}; build it "
+            f"with --backends {backend}"
+        )
+    mismatches = check_platform(manifest, backend=backend)
+    if mismatches:
+        details = "; ".join(str(mismatch) for mismatch in mismatches)
+        raise BackendUnavailable(f"compiled code does not fit this machine ({details})")

@@ -18,8 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engines.bucket import Bucket
-from engines.bundle import StageName, StageSpec
+from engines.bundle.bucket import Bucket
+from engines.bundle.stages import StageName, StageSpec
 from engines.runtime.stages import Engine, Stage, torch_dtype
 from engines.runtime.timing import median_ms
 

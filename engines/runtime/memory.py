@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.bundle import Backend, LatencyRow, Manifest, StageSpec
+from engines.bundle.latency import LatencyRow
+from engines.bundle.manifest import Manifest
+from engines.bundle.stages import Backend, StageSpec
 from engines.errors import MemoryPlanError
 from engines.families.checkpoint import check_safetensors, weight_files
 
@@ -93,11 +95,11 @@ def plan_memory(
         CheckpointError: the header of a file with weights is damaged.
     """
     backend = backend or manifest.backend
-    weights = {"eager": _eager_weights, "aotinductor": _compiled_weights, "tensorrt": _plan_weights}[backend]
+    weights = _WEIGHTS[backend]
     lines = [MemoryLine(what, size, "from the files' headers") for what, size in weights(bundle, manifest)]
     lines.append(MemoryLine("batch in flight", _flight_bytes(manifest), "computed"))
     lines.append(MemoryLine("prompt cache", PROMPT_CACHE_BYTES, "computed"))
-    if backend == "tensorrt":
+    if backend == Backend.TENSORRT:
         # one piece, which plans share
         largest = max((engine.scratch_bytes for engine in manifest.engines), default=0)
         lines.append(MemoryLine("scratch of the plans", largest, "from the manifest"))
@@ -109,7 +111,7 @@ def plan_memory(
     else:
         peaks, basis = scratch_bytes(bundle, manifest, backend)
     lines.append(MemoryLine("scratch of the largest call", max(peaks.values()), basis))
-    if backend != "eager" if graphs is None else graphs:
+    if backend != Backend.EAGER if graphs is None else graphs:
         lines.append(
             MemoryLine("static inputs and outputs of CUDA graphs", _static_bytes(manifest), "computed")
         )
@@ -147,7 +149,7 @@ def _compiled_weights(bundle: Path, manifest: Manifest) -> Iterable[tuple[str, i
     counted = set()
     parts = {spec.name: spec.parts[0] for spec in manifest.stages}
     for engine in manifest.engines:
-        if engine.backend != "aotinductor":
+        if engine.backend != Backend.AOTINDUCTOR:
             continue
         own = {
             name: entry["shape"]
@@ -171,7 +173,7 @@ def _compiled_weights(bundle: Path, manifest: Manifest) -> Iterable[tuple[str, i
 def _plan_weights(_: Path, manifest: Manifest) -> Iterable[tuple[str, int]]:
     """A plan is nearly all weights, and shares none of them."""
     for engine in manifest.engines:
-        if engine.backend == "tensorrt":
+        if engine.backend == Backend.TENSORRT:
             label = engine.stage if engine.bucket is None else f"{engine.stage}-{engine.bucket.label}"
             yield f"weights of {label}", manifest.files[engine.path].size_bytes
 
@@ -243,3 +245,11 @@ def _rows(manifest: Manifest, spec: StageSpec, backend: Backend) -> Iterable[Lat
 
 def _gigabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.2f} MB"
+
+
+_WEIGHTS = {
+    Backend.EAGER: _eager_weights,
+    Backend.AOTINDUCTOR: _compiled_weights,
+    Backend.TENSORRT: _plan_weights,
+}
+"""Weights on a GPU, in bytes, by what they are."""

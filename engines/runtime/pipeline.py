@@ -21,29 +21,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.bucket import Bucket
-from engines.bundle import Backend, Manifest, StageName, check_platform, verify_files
+from engines.bundle.bucket import Bucket
+from engines.bundle.integrity import verify_files
+from engines.bundle.manifest import Manifest
+from engines.bundle.signature import check_signature
+from engines.bundle.stages import Backend, StageName
 from engines.denoiser import to_x0_eps
-from engines.errors import BackendUnavailable, BundleError, NonFiniteError
-from engines.families.checkpoint import read_json
+from engines.errors import NonFiniteError
 from engines.families.tokenizer import PromptTokenizers
 from engines.noise import seeded_latents
-from engines.runtime.backends import compiled_stages
 from engines.runtime.cuda_graphs import GraphDecision, TorchGraphs, capture_stages
-from engines.runtime.memory import MemoryPlan, plan_memory
+from engines.runtime.loading import Stages, load_first, load_schedule, pick_device
+from engines.runtime.memory import MemoryPlan
 from engines.runtime.prompt_cache import PromptCache
-from engines.runtime.stages import CPU, EagerStages, Stage
+from engines.runtime.stages import CPU, Stage
 from engines.sampler import ddim_step
 from engines.schedule import CLEAN, NoiseSchedule
-from engines.signature import check_signature
 
 Pixels = NDArray[np.uint8]
 """(F, H, W, 3) uint8 RGB; an image has F = 1."""
 
 SAMPLER_INPUTS = {"latents", "timestep", "num_steps"}
 """Inputs of a denoise stage that differ from step to step or row to row; the others come from the prompt."""
-
-Stages = dict[tuple[StageName, Bucket | None], Stage]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,32 +178,14 @@ class Pipeline:
             check_signature(bundle_dir, key)
         manifest = verify_files(bundle_dir)
         torch.set_num_threads(num_threads or manifest.num_threads)
-        device, warnings = _pick_device(manifest, device_index)
-        stages: Stages | None = None
-        memory: MemoryPlan | None = None
-        serving: Backend = "eager"
-        refused: list[str] = []
-        for candidate in _candidates(manifest, backend):
-            try:
-                _check_compiled(manifest, candidate)
-                memory = _planned(bundle_dir, manifest, candidate, device)
-                stages = _load_compiled(bundle_dir, manifest, candidate, device)
-                serving = candidate
-                break
-            except BackendUnavailable as error:
-                if backend != "auto":
-                    raise
-                refused.append(str(error))
-        if stages is None:
-            memory = _planned(bundle_dir, manifest, "eager", device)
-        if refused:
-            refused[-1] += f"; {serving} serves instead{', slower' if serving == 'eager' else ''}"
+        device, warnings = pick_device(manifest, device_index)
+        serving, stages, memory, refused = load_first(bundle_dir, manifest, backend, device)
         checkpoint = bundle_dir / "checkpoint"
         return cls(
             manifest,
-            stages or _load_eager(bundle_dir, manifest, device),
+            stages,
             PromptTokenizers(manifest.family, checkpoint, manifest.max_text_tokens),
-            _load_schedule(checkpoint / "scheduler" / "scheduler_config.json"),
+            load_schedule(checkpoint / "scheduler" / "scheduler_config.json"),
             backend=serving,
             device=device,
             warnings=[*warnings, *refused],
@@ -221,7 +202,7 @@ class Pipeline:
         On a GPU, CUDA graphs of compiled stages are captured before that. Eager code may ask tensors for
         their values, as T5's does of its mask, which no capture survives.
         """
-        if self._stream is not None and self.backend != "eager":
+        if self._stream is not None and self.backend != Backend.EAGER:
             with self.on_stream():
                 self.graphs = capture_stages(
                     list(self._stages.values()),
@@ -389,80 +370,3 @@ class Pipeline:
                 self._prompts.put(prompt, known[prompt])
         columns = zip(*(known[prompt] for prompt in prompts), strict=True)
         return {name: torch.stack(column) for name, column in zip(told, columns, strict=True)}
-
-
-def _load_schedule(path: Path) -> NoiseSchedule:
-    try:
-        return NoiseSchedule.from_config(read_json(path))
-    except ValueError as error:
-        raise BundleError("checkpoint.scheduler", str(error)) from None
-
-
-def _pick_device(manifest: Manifest, index: int) -> tuple[torch.device, list[str]]:
-    """Where a bundle runs here, and a line of warning if that is not what it was built for."""
-    if manifest.device == "cpu":
-        return CPU, []
-    if torch.cuda.is_available():
-        return torch.device("cuda", index), []
-    return CPU, ["device: the bundle was built for a GPU and torch sees none here; the CPU serves"]
-
-
-def _planned(bundle: Path, manifest: Manifest, backend: Backend, device: torch.device) -> MemoryPlan | None:
-    """What `backend` needs of a GPU's memory.
-
-    Raises:
-        MemoryPlanError: that is more than is free.
-    """
-    if device.type != "cuda":
-        return None
-    plan = plan_memory(bundle, manifest, backend)
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    plan.check(free_bytes)
-    return plan
-
-
-def _load_eager(bundle: Path, manifest: Manifest, device: torch.device) -> Stages:
-    stages = EagerStages(bundle, manifest, device, reference=False)
-    return {(spec.name, spec.bucket): stages.load(spec) for spec in manifest.stages}
-
-
-def _candidates(manifest: Manifest, backend: Backend | Literal["auto"]) -> list[Backend]:
-    """Compiled backends to try, in order."""
-    if backend == "eager":
-        return []
-    if backend == "auto":
-        # a bundle without compiled code says why through the one it does not have
-        return [*(manifest.compiled_backends or ["aotinductor"])]
-    return [backend]
-
-
-def _check_compiled(manifest: Manifest, backend: Backend) -> None:
-    """Refuse compiled code that is not there or does not fit this machine.
-
-    Raises:
-        BackendUnavailable: so it is.
-    """
-    if not manifest.engines:
-        raise BackendUnavailable(f"this bundle has no compiled code ({manifest.eager_only})")
-    if backend not in manifest.compiled_backends:
-        raise BackendUnavailable(
-            f"this bundle has no {backend} engines, only {', '.join(manifest.compiled_backends)}; build it "
-            f"with --backends {backend}"
-        )
-    mismatches = check_platform(manifest, backend=backend)
-    if mismatches:
-        details = "; ".join(str(mismatch) for mismatch in mismatches)
-        raise BackendUnavailable(f"compiled code does not fit this machine ({details})")
-
-
-def _load_compiled(bundle: Path, manifest: Manifest, backend: Backend, device: torch.device) -> Stages:
-    """Load the compiled stages.
-
-    Raises:
-        BackendUnavailable: the compiled code does not load on this machine.
-    """
-    try:
-        stages = compiled_stages(bundle, manifest, backend, device)
-        return {(spec.name, spec.bucket): stages.load(spec) for spec in manifest.stages}
-    except (BundleError, ValueError, RuntimeError) as error:
-        raise BackendUnavailable(f"compiled code does not load ({error})") from error

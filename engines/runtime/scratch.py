@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engines.bundle import Manifest, StageSpec
+from engines.bundle.manifest import Manifest
+from engines.bundle.stages import StageSpec
 from engines.families.spec import get_family
 from engines.runtime.stages import MODULE_DTYPES, torch_dtype
 

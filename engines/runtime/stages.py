@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from engines.bundle import ComputeDType, Manifest, StageName, StageSpec, TensorSpec
+from engines.bundle.manifest import Manifest
+from engines.bundle.stages import Backend, ComputeDType, StageName, StageSpec, TensorSpec
 from engines.families.spec import FamilySpec, get_family
 from engines.runtime.aotinductor import AotInductorEngine, Constants
 
@@ -209,6 +210,6 @@ def load_compiled_stage(bundle: Path, manifest: Manifest, spec: StageSpec, const
             device=constants.device,
         )
         for engine in manifest.engines
-        if (engine.backend, engine.stage, engine.bucket) == ("aotinductor", spec.name, spec.bucket)
+        if (engine.backend, engine.stage, engine.bucket) == (Backend.AOTINDUCTOR, spec.name, spec.bucket)
     ]
     return Stage(spec, engines, manifest.max_batch, constants.device)

@@ -18,7 +18,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from engines.bundle import DType, Manifest, StageSpec, TensorSpec
+from engines.bundle.manifest import Manifest
+from engines.bundle.stages import Backend, DType, StageSpec, TensorSpec
 from engines.errors import BackendUnavailable, BundleError
 from engines.runtime.stages import Stage, torch_dtype
 
@@ -281,7 +282,7 @@ class TensorRtStages:
     def __init__(self, bundle: Path, manifest: Manifest, device: torch.device) -> None:
         import_tensorrt()
         self._bundle, self._manifest, self._device = bundle, manifest, device
-        self._engines = [engine for engine in manifest.engines if engine.backend == "tensorrt"]
+        self._engines = [engine for engine in manifest.engines if engine.backend == Backend.TENSORRT]
         largest = max((engine.scratch_bytes for engine in self._engines), default=0)
         self._scratch = Scratch(largest, device)
 

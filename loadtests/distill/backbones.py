@@ -16,7 +16,7 @@ import torch
 
 from engines.denoiser import Conditioning
 from engines.distill.prompts import PromptBank
-from engines.distill.student import Teacher, load_schedule
+from engines.distill.student import Teacher
 from engines.families.published import (
     COGVIDEOX_NETWORK,
     COGVIDEOX_SCHEDULER,
@@ -25,6 +25,7 @@ from engines.families.published import (
     SDXL_NETWORK,
     SDXL_SCHEDULER,
 )
+from engines.families.scheduler import load_schedule
 from engines.families.spec import FAMILIES, family_of
 
 NUM_PROMPTS = 64

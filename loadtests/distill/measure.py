@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.distill.config import DistillConfig, read_config
 from engines.distill.student import student_bucket
 from engines.distill.trainer import DTYPES, Trainer

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from loadtests.queue.contender import Client, Engine, Promises
 from loadtests.queue.task import WrongResultError, request
 from server.job import UNMEASURED_MS, GenerationRequest, Job, JobKind, OutputRef, new_job

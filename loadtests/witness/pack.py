@@ -20,7 +20,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from engines.bundle import StageSpec
+from engines.bundle.stages import StageSpec
 from engines.compile.export import example_inputs
 from engines.compile.onnx_export import export_onnx
 from engines.families.spec import get_family

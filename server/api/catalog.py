@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engines.bucket import Bucket
-from engines.bundle import Manifest
+from engines.bundle.bucket import Bucket
+from engines.bundle.manifest import Manifest
 from server.api.admission import Load
 from server.api.errors import ModelNotFoundError, NoWorkerError, WrongKindError
 from server.cost import batch_cost

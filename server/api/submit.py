@@ -6,8 +6,8 @@ import re
 import secrets
 from dataclasses import dataclass, replace
 
-from engines.bucket import Bucket
-from engines.bundle import Manifest
+from engines.bundle.bucket import Bucket
+from engines.bundle.manifest import Manifest
 from server.api.admission import (
     MIN_RETRY_MS,
     NO_WORKER_RETRY_MS,

@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.job import (
     UNMEASURED_MS,
     GenerationRequest,

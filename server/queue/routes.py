@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engines.bundle import Manifest
+from engines.bundle.manifest import Manifest
 from server.job import GenerationRequest, Priority
 from server.queue.clock import asked_each_time
 from server.queue.connection import connect

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from engines.bundle import Manifest, list_gpus, read_manifest
+from engines.bundle.manifest import Manifest, read_manifest
+from engines.bundle.platform import list_gpus
 from engines.errors import EngineError
 from server.job import JobKind
 from server.settings import Settings, child_environment

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engines.bundle import Manifest, read_manifest
+from engines.bundle.manifest import Manifest, read_manifest
 from engines.errors import EngineError
 from server.queue.errors import QueueError
 from server.queue.routes import Route, Routes

@@ -19,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from engines.bundle import Manifest, read_manifest, verify_files
+from engines.bundle.integrity import verify_files
+from engines.bundle.manifest import Manifest, read_manifest
 from engines.errors import EngineError
 from server.queue.records import WorkerInfo
 from server.queue.routes import Route, Routes, common_ground

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 
 CostModel = Callable[[Bucket, int, int], float]
 """(bucket, num_steps, batch) -> ms, above 0; `Manifest.predict_ms`."""

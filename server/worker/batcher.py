@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.job import GenerationRequest, Job, JobError, JobErrorCode
 from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError

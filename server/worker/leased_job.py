@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.job import Job, sample_seed
 from server.queue.worker_queue import Lease
 from server.worker.batch_policy import Row

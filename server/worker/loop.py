@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from engines.bucket import pick_batch
+from engines.bundle.bucket import pick_batch
 from engines.errors import EngineError
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from server.job import JobError, JobErrorCode, JobStatus

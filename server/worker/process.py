@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
-from engines.bucket import Bucket
-from engines.bundle import Manifest, read_manifest
+from engines.bundle.bucket import Bucket
+from engines.bundle.manifest import Manifest, read_manifest
+from engines.bundle.signature import read_key
+from engines.bundle.stages import Backend
 from engines.errors import EngineError
 from engines.runtime.pipeline import Pipeline
-from engines.signature import read_key
 from server.cost import batch_cost
 from server.job import UNMEASURED_MS, GenerationRequest, JobKind
 from server.metrics import Metrics, start_metrics_server
@@ -55,7 +56,8 @@ MAX_PENDING = {JobKind.IMAGE: 64, JobKind.VIDEO: 4}
 def load_pipeline(settings: WorkerSettings, kind: type[Pipeline] = Pipeline) -> Pipeline:
     """The bundle that the settings name, in memory."""
     key = None if settings.bundle_key_file is None else read_key(settings.bundle_key_file)
-    return kind.load(settings.bundle, backend=settings.backend, num_threads=settings.num_threads, key=key)
+    backend = settings.backend if settings.backend == "auto" else Backend(settings.backend)
+    return kind.load(settings.bundle, backend=backend, num_threads=settings.num_threads, key=key)
 
 
 def run_worker(
@@ -151,6 +153,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         clock=queue.clock,
     )
     worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, clock=queue.clock)
+    expiry = Expiry(store, settings.result_ttl_s) if settings.expires else None
     status = EXIT_OK
     try:
         with ExitStack() as ends:  # from the last to the first, each whatever becomes of the others
@@ -158,22 +161,26 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
             if not _announce(heartbeat, stopping):
                 return EXIT_OK
             ends.callback(queue.leave)
-            ends.callback(heartbeat.close)
-            ends.callback(finisher.close)
-            ends.callback(batcher.close)
-            if settings.expires:
-                expiry = Expiry(store, settings.result_ttl_s)
+            for part in (heartbeat, finisher, batcher):
+                ends.callback(part.close)
+            if expiry is not None:
                 expiry.start()
                 ends.callback(expiry.close)
             log.info("ready on %s", pipeline.backend, extra={"model": manifest.name, "worker": info.id})
-            try:
-                worker.run()
-            except EngineLostError:
-                log.exception("the device is lost")
-                status = EXIT_ENGINE_LOST
+            status = _run(worker)
     except QueueError as error:
         log.warning("ended while Redis was away; leases lapse by themselves: %s", error)
     return status
+
+
+def _run(worker: Worker) -> int:
+    """Draw until the worker is stopped; the exit status."""
+    try:
+        worker.run()
+    except EngineLostError:
+        log.exception("the device is lost")
+        return EXIT_ENGINE_LOST
+    return EXIT_OK
 
 
 def _tell_why(settings: WorkerSettings, message: str) -> None:

@@ -20,7 +20,8 @@ import httpx
 import psutil
 import pytest
 
-from engines.bundle import content_version, hash_files, read_manifest, write_manifest
+from engines.bundle.integrity import content_version, hash_files
+from engines.bundle.manifest import read_manifest, write_manifest
 from tests.e2e.system import TIMEOUT_S, System, poll, running, still_running
 from tests.engines.tiny import make_tiny_checkpoint
 from tests.shared import compile_bundle

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from engines.compile.build import BuildSettings, build_bundle, num_pieces
+from engines.bundle.stages import Backend
+from engines.compile.build import build_bundle, num_pieces
 from engines.compile.progress import BuildProgress
+from engines.compile.settings import BuildSettings
 from tests import shared
 from tests.engines.tiny import make_tiny_checkpoint
 
@@ -21,7 +23,7 @@ def build_settings(student: Path, out: Path) -> BuildSettings:
         student=student,
         out=out,
         batch_sizes=BATCH_SIZES,
-        backends=("eager",),
+        backends=(Backend.EAGER,),
         num_threads=1,
         num_jobs=2,
         decode_dtype="float32",

@@ -1,6 +1,6 @@
 import pytest
 
-from engines.bucket import Bucket, pick_batch
+from engines.bundle.bucket import Bucket, pick_batch
 
 
 @pytest.mark.parametrize(

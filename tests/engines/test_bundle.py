@@ -10,21 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from engines.bucket import Bucket
-from engines.bundle import (
-    EngineFile,
-    LatencyRow,
-    Manifest,
-    check_platform,
-    content_version,
-    current_platform,
-    hash_files,
-    read_manifest,
-    verify_files,
-    write_manifest,
-)
+from engines.bundle.bucket import Bucket
+from engines.bundle.integrity import check_platform, content_version, hash_files, verify_files
+from engines.bundle.latency import LatencyRow
+from engines.bundle.manifest import EngineFile, Manifest, read_manifest, write_manifest
+from engines.bundle.platform import Gpu, Platform, compare_platforms, current_platform, parse_gpus
+from engines.bundle.stages import Backend
 from engines.errors import BundleError
-from engines.platform import Gpu, Platform, compare_platforms, parse_gpus
 
 BUCKET = Bucket(64, 64)
 
@@ -46,7 +38,7 @@ def with_engine(manifest: Manifest, **platform: Any) -> Manifest:
     engine = EngineFile(
         stage="decode",
         bucket=BUCKET,
-        backend="aotinductor",
+        backend=Backend.AOTINDUCTOR,
         min_batch=1,
         max_batch=4,
         path="engines/decode.pt2",
@@ -309,7 +301,7 @@ def predicting(manifest: Manifest) -> Manifest:
     """A latency table with round numbers."""
     ms = {"text": {1: 1.0, 4: 4.0}, "denoise": {1: 10.0, 4: 25.0}, "decode": {1: 20.0, 4: 80.0}}
     rows = [
-        LatencyRow(stage=stage, bucket=BUCKET, batch=batch, backend="eager", ms=value)
+        LatencyRow(stage=stage, bucket=BUCKET, batch=batch, backend=Backend.EAGER, ms=value)
         for stage, table in ms.items()
         for batch, value in table.items()
     ]

@@ -22,10 +22,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from engines.__main__ import main
-from engines.bucket import Bucket
-from engines.bundle import Backend, StageSpec, TensorSpec, check_platform, read_manifest, verify_files
-from engines.compile import build as build_module
-from engines.compile import needed, parity, precision
+from engines.bundle.bucket import Bucket
+from engines.bundle.integrity import check_platform, verify_files
+from engines.bundle.manifest import read_manifest
+from engines.bundle.platform import current_platform
+from engines.bundle.stages import Backend, StageSpec, TensorSpec
+from engines.compile import needed, packages, parity, precision
 from engines.compile.aotinductor import CompileJob, bind_constants, compile_key, last_error_line
 from engines.compile.build import build_bundle, num_pieces
 from engines.compile.export import example_inputs, export_stage
@@ -39,7 +41,6 @@ from engines.errors import CheckpointError, CompileError, ParityError
 from engines.families.spec import get_family
 from engines.families.student import read_student
 from engines.noise import seeded_latents
-from engines.platform import current_platform
 from engines.runtime import stages as stages_module
 from engines.runtime.pipeline import Pipeline, Sample
 from engines.runtime.stages import EagerEngine, Stage
@@ -134,14 +135,14 @@ def test_retrained_student_keeps_the_packages_and_draws_with_its_own_weights(
     bundle = shutil.copytree(compiled_bundle, tmp_path / "bundle")
     before = {path.name: path.stat().st_mtime_ns for path in (bundle / "engines").iterdir()}
     student = make_tiny_checkpoint(tmp_path / "student", seed=1)
-    build(replace(build_settings(student, bundle), backends=("aotinductor",)))
+    build(replace(build_settings(student, bundle), backends=(Backend.AOTINDUCTOR,)))
     after = {path.name: path.stat().st_mtime_ns for path in (bundle / "engines").iterdir()}
     assert after == before
     assert read_manifest(bundle).version != read_manifest(compiled_bundle).version
     samples = [Sample(prompt="a red cube", seed=7, num_steps=2, bucket=BUCKET)]
     retrained, eager, original = (
         Pipeline.load(bundle).run(samples)[0].astype(int),
-        Pipeline.load(bundle, backend="eager").run(samples)[0].astype(int),
+        Pipeline.load(bundle, backend=Backend.EAGER).run(samples)[0].astype(int),
         Pipeline.load(compiled_bundle).run(samples)[0].astype(int),
     )
     assert np.abs(retrained - eager).max() <= 2
@@ -184,7 +185,7 @@ def test_machine_without_a_compiler_gets_an_eager_bundle_and_a_warning(
     tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    settings = replace(build_settings(tiny_student, tmp_path / "bundle"), backends=("aotinductor",))
+    settings = replace(build_settings(tiny_student, tmp_path / "bundle"), backends=(Backend.AOTINDUCTOR,))
     console = Console(record=True, width=200)
     with BuildProgress(console, num_pieces(settings)) as progress:
         manifest = build_bundle(settings, progress)
@@ -199,10 +200,12 @@ def test_failing_compiler_is_an_error_unless_eager_may_serve(
     def fail(*_: object) -> None:
         raise CompileError("stage decode: fatal error: omp.h: no such file")
 
-    monkeypatch.setattr(build_module, "_compile_all", fail)
-    monkeypatch.setattr(build_module, "has_compiler", lambda: True)
+    monkeypatch.setattr(packages, "_compile_all", fail)
+    monkeypatch.setattr(packages, "has_compiler", lambda: True)
     settings = replace(
-        build_settings(tiny_student, tmp_path / "bundle"), backends=("aotinductor",), allow_eager=allow_eager
+        build_settings(tiny_student, tmp_path / "bundle"),
+        backends=(Backend.AOTINDUCTOR,),
+        allow_eager=allow_eager,
     )
     if not allow_eager:
         with pytest.raises(CompileError, match=r"omp\.h"):
@@ -226,7 +229,7 @@ def test_interruption_while_the_compilers_start_is_an_interruption(
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start_late)
-    settings = replace(build_settings(tiny_student, tmp_path / "bundle"), backends=("aotinductor",))
+    settings = replace(build_settings(tiny_student, tmp_path / "bundle"), backends=(Backend.AOTINDUCTOR,))
     # whoever runs the tests in the background has it ignored
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -319,7 +322,7 @@ def test_code_that_disagrees_with_eager_is_an_error_unless_eager_may_serve(
 ) -> None:
     bundle = shutil.copytree(compiled_bundle, tmp_path / "bundle")
     monkeypatch.setattr(parity, "MAX_PIXEL_DIFFERENCE", {"float32": -1.0})
-    settings = replace(build_settings(tiny_student, bundle), backends=("aotinductor",))
+    settings = replace(build_settings(tiny_student, bundle), backends=(Backend.AOTINDUCTOR,))
     with pytest.raises(ParityError, match="a pixel differs"):
         build(settings)
     manifest = verify_files(build(replace(settings, allow_eager=True)))
@@ -436,15 +439,15 @@ def test_frames_that_a_size_leaves_out_are_the_students(tmp_path: Path) -> None:
 # --- is a build needed? ---
 
 
-def reason(student: Path, bundle: Path, *, backends: tuple[Backend, ...] = ("eager",)) -> str | None:
+def reason(student: Path, bundle: Path, *, backends: tuple[Backend, ...] = (Backend.EAGER,)) -> str | None:
     return reason_to_build(
         student, bundle, batch_sizes=BATCH_SIZES, backends=backends, num_threads=1, decode_dtype="auto"
     )
 
 
 def test_nothing_is_needed_for_a_fitting_bundle(tiny_student: Path, compiled_bundle: Path) -> None:
-    assert reason(tiny_student, compiled_bundle, backends=("aotinductor",)) is None
-    assert reason(compiled_bundle / "checkpoint", compiled_bundle, backends=("aotinductor",)) is None
+    assert reason(tiny_student, compiled_bundle, backends=(Backend.AOTINDUCTOR,)) is None
+    assert reason(compiled_bundle / "checkpoint", compiled_bundle, backends=(Backend.AOTINDUCTOR,)) is None
 
 
 def test_missing_damaged_or_outdated_bundle_is_built(
@@ -474,7 +477,7 @@ def test_bundle_built_with_other_options_is_built_anew(
     tiny_student: Path, compiled_bundle: Path, changed: dict[str, Any], reason: str
 ) -> None:
     options = {"batch_sizes": BATCH_SIZES, "num_threads": 1, "decode_dtype": "float32", **changed}
-    found = reason_to_build(tiny_student, compiled_bundle, backends=("aotinductor",), **options)
+    found = reason_to_build(tiny_student, compiled_bundle, backends=(Backend.AOTINDUCTOR,), **options)
     assert found is not None
     assert reason in found
 
@@ -484,7 +487,7 @@ def test_code_of_another_machine_is_built_anew(
 ) -> None:
     here = current_platform()
     monkeypatch.setattr(needed, "current_platform", lambda *_: here.model_copy(update={"torch": "9.9"}))
-    found = reason(tiny_student, compiled_bundle, backends=("aotinductor",))
+    found = reason(tiny_student, compiled_bundle, backends=(Backend.AOTINDUCTOR,))
     assert found is not None
     assert "platform.torch" in found
 
@@ -496,16 +499,16 @@ def test_eager_bundle_is_compiled_once_there_is_a_compiler(
     data = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps({**data, "eager_only": NO_COMPILER}))
     monkeypatch.setattr(needed, "has_compiler", lambda: False)
-    assert reason(tiny_student, bundle, backends=("aotinductor",)) is None
+    assert reason(tiny_student, bundle, backends=(Backend.AOTINDUCTOR,)) is None
     monkeypatch.setattr(needed, "has_compiler", lambda: True)
-    assert reason(tiny_student, bundle, backends=("aotinductor",)) == "there is a C++ compiler now"
+    assert reason(tiny_student, bundle, backends=(Backend.AOTINDUCTOR,)) == "there is a C++ compiler now"
 
 
 # --- parity, export, measuring ---
 
 
 def test_parity_of_a_stage_with_itself_is_exact() -> None:
-    row = check_parity(doubling_spec(), scaled_stage(2), scaled_stage(2), 3, "aotinductor")
+    row = check_parity(doubling_spec(), scaled_stage(2), scaled_stage(2), 3, Backend.AOTINDUCTOR)
     assert (row.max_abs, row.finite) == (0.0, True)
     assert row.cosine == pytest.approx(1.0)
 
@@ -523,7 +526,7 @@ def test_parity_of_a_stage_with_itself_is_exact() -> None:
 )
 def test_stage_that_disagrees_is_refused(factor: float, message: str) -> None:
     with pytest.raises(ParityError, match=f"stage denoise, batch 2, .*{message}"):
-        check_parity(doubling_spec(), scaled_stage(2), scaled_stage(factor), 2, "aotinductor")
+        check_parity(doubling_spec(), scaled_stage(2), scaled_stage(factor), 2, Backend.AOTINDUCTOR)
 
 
 def test_agreement_is_that_of_the_worst_row() -> None:
@@ -554,10 +557,10 @@ def test_agreement_is_that_of_the_worst_output(bad: int, factor: float, message:
     def stage(*factors: float) -> Stage:
         return Stage(spec, [EagerEngine(Pair((factors[0], factors[1])), 4)], 4)
 
-    assert check_parity(spec, stage(1.0, 1.0), stage(1.0, 1.0), 2, "aotinductor").finite
+    assert check_parity(spec, stage(1.0, 1.0), stage(1.0, 1.0), 2, Backend.AOTINDUCTOR).finite
     factors = (factor, 1.0) if bad == 0 else (1.0, factor)
     with pytest.raises(ParityError, match=message):
-        check_parity(spec, stage(1.0, 1.0), stage(*factors), 2, "aotinductor")
+        check_parity(spec, stage(1.0, 1.0), stage(*factors), 2, Backend.AOTINDUCTOR)
 
 
 def test_worst_pixel_of_all_outputs_counts() -> None:
@@ -587,9 +590,11 @@ def test_every_precision_has_to_keep_the_direction(dtype: str, cosine: float) ->
         return Stage(spec, [EagerEngine(Turned(cosine), 4)], 4)
 
     near = 1 - (1 - MIN_COSINE[spec.compute_dtype]) / 2
-    assert check_parity(spec, scaled_stage(1.0), turned(near), 2, "aotinductor").cosine == pytest.approx(near)
+    assert check_parity(
+        spec, scaled_stage(1.0), turned(near), 2, Backend.AOTINDUCTOR
+    ).cosine == pytest.approx(near)
     with pytest.raises(ParityError, match=rf"cosine {cosine:.5f} is below .*{dtype} must reach"):
-        check_parity(spec, scaled_stage(1.0), turned(cosine), 2, "aotinductor")
+        check_parity(spec, scaled_stage(1.0), turned(cosine), 2, Backend.AOTINDUCTOR)
 
 
 def test_pixels_may_differ_by_two() -> None:
@@ -608,9 +613,9 @@ def test_pixels_may_differ_by_two() -> None:
     def stage(offset: int) -> Stage:
         return Stage(spec, [EagerEngine(Pixels(offset), 4)], 4)
 
-    assert check_parity(spec, stage(0), stage(2), 1, "aotinductor").max_abs == 2
+    assert check_parity(spec, stage(0), stage(2), 1, Backend.AOTINDUCTOR).max_abs == 2
     with pytest.raises(ParityError, match="a pixel differs by 3 of 255, 2 are allowed"):
-        check_parity(spec, stage(0), stage(3), 1, "aotinductor")
+        check_parity(spec, stage(0), stage(3), 1, Backend.AOTINDUCTOR)
 
 
 def test_example_inputs_depend_on_the_seed_alone_and_stay_in_range(eager_bundle: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.bundle import check_platform, read_manifest
+from engines.bundle.integrity import check_platform
+from engines.bundle.manifest import read_manifest
+from engines.bundle.stages import Backend
 from engines.runtime.pipeline import Pipeline, Sample
 from tests.engines.tiny import make_tiny_sdxl
 from tests.shared import compile_bundle, compiled_video_bundle
@@ -48,7 +50,7 @@ def test_compiled_bundle_draws_what_eager_draws(
         Sample(prompt="a red cube", seed=1, num_steps=4, bucket=bucket),
         Sample(prompt="two blue cones", seed=2, num_steps=1, bucket=bucket),
     ]
-    compiled, eager = Pipeline.load(bundle), Pipeline.load(bundle, backend="eager")
+    compiled, eager = Pipeline.load(bundle), Pipeline.load(bundle, backend=Backend.EAGER)
     assert compiled.backend == "aotinductor"
     together, reference = compiled.run(samples), eager.run(samples)
     alone = [compiled.run([sample])[0] for sample in samples]

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.bucket import Bucket
-from engines.bundle import StageName, StageSpec, TensorSpec, read_manifest
+from engines.bundle.bucket import Bucket
+from engines.bundle.manifest import read_manifest
+from engines.bundle.stages import Backend, StageName, StageSpec, TensorSpec
 from engines.compile.export import example_inputs
 from engines.runtime import pipeline as pipeline_module
 from engines.runtime.cuda_graphs import (
@@ -232,7 +233,7 @@ def test_static_inputs_are_values_that_the_stage_takes() -> None:
 
 def test_every_stage_of_a_bundle_draws_the_same_captured(eager_bundle: Path) -> None:
     manifest = read_manifest(eager_bundle)
-    pipeline = Pipeline.load(eager_bundle, backend="eager")
+    pipeline = Pipeline.load(eager_bundle, backend=Backend.EAGER)
     stages = [pipeline.stage(spec.name, manifest.buckets[0]) for spec in manifest.stages]
     inputs = {spec.name: example_inputs(spec, 3) for spec in manifest.stages}
     plain = {name: pipeline.stage(name, manifest.buckets[0])(*given) for name, given in inputs.items()}
@@ -257,7 +258,7 @@ def test_pipeline_captures_when_it_warms_up_and_draws_the_same_pictures(
         def synchronize(self) -> None:
             waits.append("synchronize")
 
-    pipeline = Pipeline.load(eager_bundle, backend="eager")
+    pipeline = Pipeline.load(eager_bundle, backend=Backend.EAGER)
     samples = [
         Sample(prompt=f"a {colour} cube", seed=seed, num_steps=steps, bucket=Bucket(64, 64))
         for seed, (colour, steps) in enumerate((("red", 4), ("blue", 1), ("green", 2)))
@@ -268,7 +269,7 @@ def test_pipeline_captures_when_it_warms_up_and_draws_the_same_pictures(
     )
     monkeypatch.setattr(pipeline_module, "TorchGraphs", lambda _: device)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    pipeline.backend = "aotinductor"  # eager code is not captured
+    pipeline.backend = Backend.AOTINDUCTOR  # eager code is not captured
     pipeline._stream = Stream()  # type: ignore[assignment]
     pipeline.warm_up()
     assert len(pipeline.graphs) == len(pipeline.manifest.stages) * len(pipeline.manifest.batch_sizes)

@@ -14,6 +14,7 @@ from engines.demo.codec import PatchCode, make_vae
 from engines.demo.dataset import SHARD_SIZE, SceneSet
 from engines.demo.fit import FitConfig, fit
 from engines.demo.judge import Judge, to_input
+from engines.demo.renderer import render
 from engines.demo.scenes import (
     COLOURS,
     GROUNDS,
@@ -25,15 +26,14 @@ from engines.demo.scenes import (
     SKIES,
     Scene,
     Solid,
-    render,
     sample_captions,
     sample_scenes,
 )
 from engines.demo.text import MAX_TOKENS, make_text_encoder, make_tokenizer, tokenize
 from engines.distill.config import read_config
-from engines.distill.pictures import Painter
 from engines.errors import TrainingError
 from engines.families.student import read_student
+from engines.gate.painter import Painter
 
 CHECKPOINTS = Path(__file__).parents[2] / "engines" / "demo" / "checkpoints"
 CONFIGS = Path(__file__).parents[2] / "engines" / "distill" / "configs"

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from engines.distill import tdm
+from engines.distill import forward, trajectory
 from engines.distill.ablation import read_ablation
 from engines.distill.config import DistillConfig, read_config
+from engines.distill.grid import check_schedule
 from engines.distill.prompts import load_prompt_bank
 from engines.distill.student import load_teacher, student_bucket
-from engines.distill.trainer import Trainer, check_schedule, distill
+from engines.distill.trainer import Trainer, distill
 from engines.errors import CheckpointError, ConfigError
 from engines.families.pixart import load_transformer
 from engines.schedule import NoiseSchedule
@@ -116,13 +117,13 @@ def test_shipped_ablation_parses_with_its_base(monkeypatch: pytest.MonkeyPatch) 
 def test_objective_fits_the_published_noise_levels(name: str) -> None:
     config, schedule = shipped(name), NoiseSchedule.from_config(PUBLISHED[name])
     check_schedule(config, schedule)
-    table = tdm.timestep_table(config.student_timesteps(schedule.num_timesteps))
+    table = trajectory.timestep_table(config.student_timesteps(schedule.num_timesteps))
     for count in config.num_steps:
         num_steps = torch.full((64,), count)
         step = torch.arange(64) % count
-        now, to = tdm.step_ends(table[num_steps], step)
-        tau = tdm.draw_tau(now, to, config.objective, torch.Generator().manual_seed(0))
-        a, b = tdm.transition_kernel(schedule, to, tau)
+        now, to = trajectory.step_ends(table[num_steps], step)
+        tau = forward.draw_tau(now, to, config.objective, torch.Generator().manual_seed(0))
+        a, b = forward.transition_kernel(schedule, to, tau)
         assert a.isfinite().all()
         assert (b > 0).all()
         assert schedule.at(now)[1].min() > 0

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from engines.distill import lcm
 from engines.distill.cost import iterations_within, row_forwards
+from engines.distill.latents import write_latents
 from engines.noise import seeded_latents
 from tests.engines.test_distill_methods import SHAPE, trainer_of
 from tests.engines.test_trainer import PROMPTS, config_of
@@ -53,7 +53,7 @@ def test_cost_of_an_iteration_is_what_the_networks_are_called_for(
 ) -> None:
     settings = {"batch_size": 400, "num_steps": {4: 0.5, 2: 0.3, 1: 0.2}, "default_num_steps": 4, **changes}
     if changes.get("method") == "lcm":
-        lcm.write_latents(tmp_path / "latents.safetensors", seeded_latents(range(3), SHAPE), PROMPTS)
+        write_latents(tmp_path / "latents.safetensors", seeded_latents(range(3), SHAPE), PROMPTS)
         settings["latents"] = str(tmp_path / "latents.safetensors")
     trainer = trainer_of(teacher, tmp_path, **settings)
     roles = trainer.roles

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from engines.distill.pictures import Codec, Painter
 from engines.distill.prompts import load_prompt_bank
 from engines.distill.student import load_teacher
 from engines.distill.trainer import Trainer, distill
 from engines.errors import CheckpointError, ConfigError
+from engines.families.codec import Codec
 from engines.families.spec import FAMILIES, get_family
 from engines.families.student import read_student
+from engines.gate.painter import Painter
 from engines.noise import seeded_latents
 from engines.sampler import sample
 from tests.engines.conftest import build, build_settings

@@ -13,17 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engines.denoiser import Conditioning, NetworkDenoiser
-from engines.distill import lcm, tdm
+from engines.distill import forward, lcm, tdm, trajectory
 from engines.distill.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from engines.distill.config import parse_config
+from engines.distill.latents import load_latents, read_latents, write_latents
 from engines.distill.lcm import ConsistencyObjective
-from engines.distill.pictures import Painter
+from engines.distill.objective import Objective
 from engines.distill.prompts import load_prompt_bank
 from engines.distill.student import load_teacher
-from engines.distill.trainer import Trainer, distill, load_latents
+from engines.distill.trainer import Trainer, distill
 from engines.errors import ConfigError
 from engines.families.pixart import STEPS_EMBEDDING_KEY
 from engines.families.student import read_student
+from engines.gate.painter import Painter
 from engines.noise import seeded_latents
 from engines.sampler import sample
 from engines.schedule import CLEAN, NoiseSchedule
@@ -115,7 +117,7 @@ def test_teacher_step_is_one_step_of_the_guided_sampler(tmp_path: Path) -> None:
         on_step=lambda _, x0: reached.append(x0),
     )  # fmt: skip
     moved = lcm.teacher_step(denoiser, latents, torch.tensor([999]), torch.tensor([979]), cond, uncond, 3.0)
-    query = tdm.Query(moved, torch.tensor([979]), moved, moved, moved)
+    query = forward.Query(moved, torch.tensor([979]), moved, moved, moved)
     with torch.no_grad():
         again = tdm.guided_x0(denoiser, query, cond, uncond, 3.0)
     torch.testing.assert_close(again, reached[1])
@@ -183,7 +185,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("latents") / "latents.safetensors"
-    lcm.write_latents(path, seeded_latents(range(3), SHAPE), PROMPTS)
+    write_latents(path, seeded_latents(range(3), SHAPE), PROMPTS)
     return path
 
 
@@ -301,20 +303,20 @@ def test_latents_of_scenes_are_encoded_pictures_with_their_captions(teacher: Pat
 
 
 def test_latents_that_do_not_fit_are_refused(latents: Path, tmp_path: Path) -> None:
-    found = lcm.read_latents(latents, SHAPE, 2)
+    found = read_latents(latents, SHAPE, 2)
     assert (len(found.latents), found.prompts) == (2, PROMPTS[:2])
     with pytest.raises(ConfigError, match=r"rows of \(16, 8, 8\), the teacher's are \(4, 8, 8\)"):
-        lcm.read_latents(latents, (4, 8, 8), 9)
+        read_latents(latents, (4, 8, 8), 9)
     with pytest.raises(ConfigError, match="cannot read"):
-        lcm.read_latents(tmp_path / "missing.safetensors", SHAPE, 9)
+        read_latents(tmp_path / "missing.safetensors", SHAPE, 9)
     save_file({"latents": torch.zeros(2, *SHAPE)}, tmp_path / "bare.safetensors")
     with pytest.raises(ConfigError, match="one prompt per row"):
-        lcm.read_latents(tmp_path / "bare.safetensors", SHAPE, 9)
+        read_latents(tmp_path / "bare.safetensors", SHAPE, 9)
     save_file({"other": torch.zeros(2, *SHAPE)}, tmp_path / "other.safetensors", {"prompts": '["a", "b"]'})
     with pytest.raises(ConfigError, match="latents"):
-        lcm.read_latents(tmp_path / "other.safetensors", SHAPE, 9)
+        read_latents(tmp_path / "other.safetensors", SHAPE, 9)
     with pytest.raises(ValueError, match="2 rows of latents and 1 prompts"):
-        lcm.write_latents(tmp_path / "x.safetensors", torch.zeros(2, *SHAPE), ["a"])
+        write_latents(tmp_path / "x.safetensors", torch.zeros(2, *SHAPE), ["a"])
 
 
 @pytest.mark.parametrize(
@@ -347,13 +349,13 @@ def test_dmd2_is_a_preset_that_settings_win_over(teacher: Path, tmp_path: Path) 
     )
     assert (changed.fake_updates, changed.objective.huber_c) == (10, 1e-3)
     assert changed.objective.points == "clean"
-    assert config_of(teacher, tmp_path / "out").objective == tdm.Objective()
+    assert config_of(teacher, tmp_path / "out").objective == Objective()
 
 
 def test_dmd2_compares_predictions_at_every_level(teacher: Path, tmp_path: Path) -> None:
     trainer = trainer_of(teacher, tmp_path / "out", method="dmd2", batch_size=4)
     objective, schedule = trainer.config.objective, trainer.roles.teacher.schedule
-    last = tdm.StudentStep(
+    last = trajectory.StudentStep(
         x0=torch.zeros(512, *SHAPE),
         eps=torch.zeros(512, *SHAPE),
         landing=torch.ones(512, *SHAPE),
@@ -362,8 +364,8 @@ def test_dmd2_compares_predictions_at_every_level(teacher: Path, tmp_path: Path)
         cond=conditioning(512),
         first=torch.zeros(512, dtype=torch.bool),
     )
-    query = tdm.draw_query(
-        tdm.matched(last, objective), schedule, objective, torch.Generator().manual_seed(0)
+    query = forward.draw_query(
+        forward.matched(last, objective), schedule, objective, torch.Generator().manual_seed(0)
     )
     assert query.tau.min() < 50
     assert query.tau.max() > 950

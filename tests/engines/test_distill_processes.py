@@ -22,10 +22,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.distill import draws, lcm
+from engines.distill import draws
 from engines.distill.checkpoint import latest_checkpoint
 from engines.distill.config import read_config
 from engines.distill.distributed import World
+from engines.distill.latents import write_latents
 from engines.distill.trainer import distill
 from engines.errors import ConfigError
 from engines.noise import seeded_latents
@@ -152,9 +153,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     teacher = make_tiny_checkpoint(base / "teacher", student=False)
     (teacher / "prompts.txt").write_text("\n".join(PROMPTS))
     latents = seeded_latents(range(3), (16, 8, 8))
-    lcm.write_latents(teacher / "latents.safetensors", latents, PROMPTS)
+    write_latents(teacher / "latents.safetensors", latents, PROMPTS)
     latents[0] = torch.nan
-    lcm.write_latents(teacher / "broken.safetensors", latents, PROMPTS)
+    write_latents(teacher / "broken.safetensors", latents, PROMPTS)
     files = [write_settings(base / "together", teacher, name, **VARIANTS[name]) for name in VARIANTS]
     stopped = {**VARIANTS["shards"], "checkpoint_every": 4}
     files.append(write_settings(base / "together", teacher, STOPPED, **stopped))

@@ -15,9 +15,10 @@ import torch
 
 from engines.distill.checkpoint import latest_checkpoint, load_checkpoint
 from engines.distill.prompts import load_prompt_bank
-from engines.distill.student import load_schedule, load_teacher
+from engines.distill.student import load_teacher
 from engines.distill.trainer import Trainer, distill
 from engines.errors import CheckpointError, ConfigError, TrainingError
+from engines.families.scheduler import load_schedule
 from engines.families.weights import load_weights
 from tests.engines.test_trainer import config_of, quiet
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_sdxl

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from engines.__main__ import main, make_parser
-from engines.bundle import read_manifest, verify_files
+from engines.bundle.integrity import verify_files
+from engines.bundle.manifest import read_manifest
 from tests.engines.tiny import make_tiny_checkpoint
 
 # A real compilation may have to run first.

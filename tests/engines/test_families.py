@@ -14,7 +14,7 @@ import torch
 from diffusers import CogVideoXPipeline, PixArtAlphaPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.compile.export import example_inputs
 from engines.denoiser import Conditioning, NetworkDenoiser, is_step_aware
 from engines.errors import CheckpointError

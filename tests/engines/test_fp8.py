@@ -13,14 +13,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from engines.bundle import read_manifest
+from engines.bundle.manifest import read_manifest
+from engines.bundle.platform import current_platform
+from engines.bundle.stages import Backend
 from engines.compile.aotinductor import CompileJob, bind_constants, compile_stage
 from engines.compile.export import example_inputs
 from engines.compile.fp8 import RowwiseLinear, is_quantised, quantise_denoiser
 from engines.compile.parity import MIN_COSINE, check_parity, compare, worst
 from engines.families.spec import get_family
 from engines.families.student import read_student
-from engines.platform import current_platform
 from engines.runtime.aotinductor import Binding, Constants, _as_bound
 from engines.runtime.rowwise import FLOAT8, LARGEST, dequantise_rows, quantise_rows
 from engines.runtime.stages import EagerStages, load_compiled_stage
@@ -173,5 +174,5 @@ def test_compiled_float8_agrees_and_packages_for_one_size_share_its_weights(
     assert [compiled.engine_for(batch)[0].max_batch for batch in (1, 2, 3, 4)] == [4, 2, 4, 4]
     reference = EagerStages(bundle, manifest).load(spec)
     for batch in (1, 2, 3, 4):
-        row = check_parity(spec, reference, compiled, batch, "aotinductor")
+        row = check_parity(spec, reference, compiled, batch, Backend.AOTINDUCTOR)
         assert MIN_COSINE["float8"] <= row.cosine < 0.999999

@@ -13,11 +13,15 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from engines.demo.domain import SCENES, complete, image_counts
 from engines.demo.judge import Judge
-from engines.distill.cli import add_gate_parser
-from engines.distill.domains import DEMOS, complete, image_counts
+from engines.demo.video.domain import CLIPS
 from engines.distill.early_stop import PROMPT_SEED
-from engines.distill.evaluator import (
+from engines.errors import CheckpointError, ConfigError
+from engines.families.pixart import load_transformer
+from engines.families.student import read_student
+from engines.gate.cli import add_gate_parser
+from engines.gate.evaluator import (
     COPIES,
     REFERENCE_SEED,
     Evaluator,
@@ -27,10 +31,10 @@ from engines.distill.evaluator import (
     pairwise_distance,
     read_accuracy,
 )
-from engines.distill.frechet import Reference, frechet_distance
-from engines.distill.gate import SHEET_SEED, Gate, Measurements, identities, make_rows
-from engines.distill.report import contact_sheet, markdown
-from engines.distill.verdict import (
+from engines.gate.frechet import Reference, frechet_distance
+from engines.gate.gate import SHEET_SEED, Gate, Measurements, identities, make_rows
+from engines.gate.report import contact_sheet, markdown
+from engines.gate.verdict import (
     Cost,
     Measurement,
     Row,
@@ -40,13 +44,11 @@ from engines.distill.verdict import (
     make_report,
     record_verdict,
 )
-from engines.errors import CheckpointError, ConfigError
-from engines.families.pixart import load_transformer
-from engines.families.student import read_student
 from engines.noise import seeded_latents
 from tests.engines.tiny import make_tiny_checkpoint
 
-GROUPS = DEMOS["image"].groups
+GROUPS = SCENES.groups
+DOMAINS = {"image": SCENES, "video": CLIPS}
 
 
 def gaussian(num: int, dim: int, seed: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -98,7 +100,7 @@ def test_one_picture_is_no_distribution() -> None:
 
 
 def test_prompts_of_a_seed_are_the_three_kinds() -> None:
-    demo = DEMOS["image"]
+    demo = SCENES
     assert demo.counts(1000) == {"one_object": 400, "two_objects": 400, "held_out": 200}
     assert sum(demo.counts(53).values()) == 53
     prompts = demo.prompts(3, 50)
@@ -113,7 +115,7 @@ def test_prompts_of_a_seed_are_the_three_kinds() -> None:
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_prompts_leave_as_much_unsaid_as_the_demo_wants(kind: str) -> None:
     for share, least, most in ((0.0, 0.0, 0.0), (0.75, 0.4, 0.8)):
-        prompts = replace(DEMOS[kind], partial_share=share).prompts(0, 400)
+        prompts = replace(DOMAINS[kind], partial_share=share).prompts(0, 400)
         assert prompts.captions == [asked.caption() for asked in prompts.asked]
         partial = sum(asked != scene for asked, scene in zip(prompts.asked, prompts.scenes, strict=True))
         assert least <= partial / 400 <= most
@@ -121,7 +123,7 @@ def test_prompts_leave_as_much_unsaid_as_the_demo_wants(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_what_a_prompt_leaves_unsaid_differs_between_real_pictures_of_it(kind: str) -> None:
-    demo = replace(DEMOS[kind], partial_share=0.75)
+    demo = replace(DOMAINS[kind], partial_share=0.75)
     prompts = demo.prompts(1, 60).take(range(0, 60, 3))
     filled = set()
     for row, asked in enumerate(prompts.asked):
@@ -156,7 +158,7 @@ class PerfectJudge(Judge):
 
 
 def test_accuracy_is_counted_per_kind_of_prompt() -> None:
-    prompts = DEMOS["image"].prompts(0, 10)
+    prompts = SCENES.prompts(0, 10)
     said = list(prompts.scenes)
     said[0], said[4], said[5] = said[1], said[6], said[6]
     images = torch.randint(
@@ -201,7 +203,7 @@ def test_every_row_samples_as_it_says_from_the_same_noise(
     directories: dict[str, Path], tmp_path: Path
 ) -> None:
     config = gate_config(directories, tmp_path, steps=(4, 1), teacher_steps=(8, 2), guidance_scale=2.5)
-    evaluator, prompts = Painted(config), DEMOS["image"].prompts(3, 10)
+    evaluator, prompts = Painted(config), SCENES.prompts(3, 10)
     rows = [row for row in make_rows(config) if row.source in ("teacher", "student")]
     for row in rows:
         assert evaluator.paint(row, prompts).shape == (10, 8, 8, 3)
@@ -217,7 +219,7 @@ def test_copies_of_a_prompt_start_from_noise_that_nothing_else_started_from(
     directories: dict[str, Path], tmp_path: Path
 ) -> None:
     config = gate_config(directories, tmp_path)
-    evaluator, prompts, row = Painted(config), DEMOS["image"].prompts(3, 10), make_rows(config)[-1]
+    evaluator, prompts, row = Painted(config), SCENES.prompts(3, 10), make_rows(config)[-1]
     evaluator.paint(row, prompts)
     evaluator.paint_again(row, prompts)
     assert evaluator.captions[1] == [caption for caption in prompts.captions for _ in range(COPIES)]
@@ -534,7 +536,7 @@ def test_other_timesteps_or_guidance_are_measured_anew(directories: dict[str, Pa
 
 def test_same_noise_starts_every_sampler(directories: dict[str, Path], tmp_path: Path) -> None:
     row = make_rows(gate_config(directories, tmp_path))[-1]
-    prompts = DEMOS["image"].prompts(0, 10)
+    prompts = SCENES.prompts(0, 10)
     whole, parts = (
         Evaluator(gate_config(directories, tmp_path, batch=batch)).paint(row, prompts) for batch in (10, 3)
     )

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from engines.__main__ import main
-from engines.distill.domains import FileDomain
-from engines.distill.evaluator import Evaluator, GateConfig
-from engines.distill.features import (
+from engines.errors import CheckpointError, ConfigError
+from engines.gate.domain import FileDomain
+from engines.gate.evaluator import Evaluator, GateConfig
+from engines.gate.features import (
     ClipScore,
     NetworkFeatures,
     Preprocess,
@@ -31,9 +32,9 @@ from engines.distill.features import (
     make_features,
     pixel_features,
 )
-from engines.distill.gate import Gate
-from engines.distill.verdict import Measurement, Row, Summary, check_own
-from engines.errors import CheckpointError, ConfigError
+from engines.gate.gate import Gate
+from engines.gate.verdict import Measurement, Row, Summary, check_own
+from tests.engines.colours import COLOURS
 from tests.engines.tiny import CLIP_TEXT_TOKENS, make_clip_tokenizer, make_tiny_checkpoint
 
 PROMPTS = ["a red cube", "a torus at night", "two cones", "a large blue sphere on sand"] * 3
@@ -338,3 +339,56 @@ def test_command_takes_a_file_of_prompts(base: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["setup"]["features"] == "pixels"
     assert report["setup"]["counts"] == {"prompts": 10}
+
+
+# A domain of one's own: its prompts, its real pictures, its judge
+
+
+OWN = "tests.engines.colours:DOMAIN"
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Path:
+    path = tmp_path / "colours.json"
+    path.write_text(json.dumps(COLOURS))
+    return path
+
+
+def test_a_judge_of_ones_own_reads_what_the_model_draws(base: Path, judge: Path, tmp_path: Path) -> None:
+    options = {"domain": OWN, "judge": judge, "teacher": base / "teacher", "out": tmp_path / "report"}
+    counts = {"prompts": 12, "reference": 30, "seeds": 2, "steps": 4, "teacher-steps": 4, "processes": 1}
+    arguments = [f"--{name}={value}" for name, value in {**options, **counts, "guidance-scale": 2}.items()]
+    assert main(["gate", str(base / "student"), *arguments]) == 1
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    rows = {row["key"]: row for row in report["rows"]}
+    assert list(rows) == ["real", "vae", "teacher-4-cfg", "teacher-4", "student-4"]
+    assert rows["real"]["accuracy"]["plain"]["mean"] == 100.0
+    assert rows["student-4"]["accuracy"]["plain"]["mean"] < 100.0
+    assert rows["real"]["frechet"]["mean"] < rows["student-4"]["frechet"]["mean"]
+    assert "exact %, plain colours" in (tmp_path / "report" / "report.md").read_text()
+    first, other = (
+        make_gate(base, tmp_path, prompts=None, domain=one, judge=judge) for one in (OWN, f"{OWN}_TOO")
+    )
+    assert first.measurements.identities != other.measurements.identities
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("scenes", "demo, demo-video or module:NAME is expected, not 'scenes'"),
+        (":DOMAIN", "module:NAME is expected"),
+        ("tests.engines.nothing:DOMAIN", "No module named"),
+        ("tests.engines.colours:NOTHING", "module tests.engines.colours has no NOTHING"),
+        ("tests.engines.colours:EMPTY", "groups is missing"),
+    ],
+)
+def test_a_domain_that_is_none_is_refused(
+    name: str, problem: str, base: Path, judge: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make_gate(base, tmp_path, prompts=None, domain=name, judge=judge)
+
+
+def test_a_domain_does_not_go_with_a_file_of_prompts(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a file of prompts goes without one"):
+        make_gate(base, tmp_path, domain=OWN)

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from engines.demo.judge import Judge
-from engines.distill.evaluator import GateConfig
-from engines.distill.gate import Gate, Measurements
-from engines.distill.verdict import Measurement, Row
 from engines.errors import CheckpointError, GateError
+from engines.gate.evaluator import GateConfig
+from engines.gate.gate import Gate, Measurements
+from engines.gate.verdict import Measurement, Row
 from tests.engines.tiny import make_tiny_checkpoint
 
 pytestmark = pytest.mark.slow

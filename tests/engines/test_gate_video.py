@@ -8,17 +8,17 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from engines.demo.video.domain import CLIPS, video_counts
 from engines.demo.video.judge import VideoJudge
-from engines.distill.domains import DEMOS, video_counts
-from engines.distill.evaluator import GateConfig
-from engines.distill.gate import Gate
 from engines.families.student import read_student
+from engines.gate.evaluator import GateConfig
+from engines.gate.gate import Gate
 from tests.engines.tiny import make_tiny_cogvideox
 
 
 def test_prompts_of_videos_are_of_two_kinds() -> None:
     assert video_counts(1000) == {"seen": 800, "held_out": 200}
-    prompts = DEMOS["video"].prompts(0, 50)
+    prompts = CLIPS.prompts(0, 50)
     for scene, asked, group in zip(prompts.scenes, prompts.asked, prompts.groups, strict=True):
         assert asked.is_held_out() == scene.is_held_out() == (group == "held_out")
         assert asked.shown_by(scene)

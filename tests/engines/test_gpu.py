@@ -11,19 +11,21 @@ import pytest
 import torch
 
 from engines.__main__ import main
-from engines.bucket import Bucket
-from engines.bundle import read_manifest, write_manifest
+from engines.bundle.bucket import Bucket
+from engines.bundle.manifest import read_manifest, write_manifest
+from engines.bundle.platform import current_platform
+from engines.bundle.stages import Backend
 from engines.compile.aotinductor import CUDA_INDUCTOR_CONFIG, INDUCTOR_CONFIG, CompileJob, compile_key
 from engines.compile.build import check_device, num_pieces
 from engines.compile.cli import default_device
 from engines.compile.export import example_inputs
 from engines.compile.needed import reason_to_build
 from engines.compile.parity import compare
-from engines.compile.precision import Precision, dtype_for
+from engines.compile.precision import dtype_for
+from engines.compile.settings import Precision
 from engines.errors import CompileError, MemoryPlanError
 from engines.families.spec import FAMILIES, get_family
 from engines.families.student import read_student
-from engines.platform import current_platform
 from engines.runtime.aotinductor import Binding, _as_bound
 from engines.runtime.pipeline import Pipeline, Sample
 from engines.runtime.stages import MODULE_DTYPES
@@ -55,7 +57,7 @@ def test_bundle_for_a_gpu_is_drawn_by_the_cpu_where_there_is_none(
     assert pipeline.warnings[0].startswith("device: the bundle was built for a GPU")
     pipeline.warm_up()
     assert pipeline.graphs == []
-    ours, theirs = pipeline.run(SAMPLES), Pipeline.load(eager_bundle, backend="eager").run(SAMPLES)
+    ours, theirs = pipeline.run(SAMPLES), Pipeline.load(eager_bundle, backend=Backend.EAGER).run(SAMPLES)
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -67,7 +69,7 @@ def test_full_gpu_is_refused_before_anything_is_loaded(
     with pytest.raises(
         MemoryPlanError, match=r"(?s)tiny \(eager\) needs .* prompt cache .* --batches"
     ) as caught:
-        Pipeline.load(for_gpu(eager_bundle, tmp_path), backend="eager")
+        Pipeline.load(for_gpu(eager_bundle, tmp_path), backend=Backend.EAGER)
     assert "estimated" in str(caught.value)
 
 
@@ -142,7 +144,7 @@ def test_settings_that_do_not_go_together_are_refused(tiny_student: Path, tmp_pa
             check_device(replace(settings, device="cuda"))
         arguments = ["build", str(tiny_student), "--out", str(tmp_path / "bundle"), "--device", "cuda"]
         assert main(arguments) == 2
-    compiled = replace(settings, backends=("aotinductor",), static_batches=(1, 2))
+    compiled = replace(settings, backends=(Backend.AOTINDUCTOR,), static_batches=(1, 2))
     assert num_pieces(compiled) == num_pieces(replace(compiled, static_batches=())) + 4  # text has none
 
 
@@ -167,7 +169,7 @@ def test_bundle_for_something_else_is_built_anew(
         tiny_student,
         compiled_bundle,
         batch_sizes=manifest.batch_sizes,
-        backends=("aotinductor",),
+        backends=(Backend.AOTINDUCTOR,),
         num_threads=1,
         decode_dtype="float32",
         **options,  # type: ignore[arg-type]
@@ -183,7 +185,7 @@ def test_tiny_student_on_a_gpu_draws_what_it_draws_uncompiled(
 ) -> None:
     settings = replace(
         build_settings(tiny_student, tmp_path / "bundle"),
-        backends=("aotinductor",),
+        backends=(Backend.AOTINDUCTOR,),
         device="cuda",
         precision=precision,
         static_batches=(2,),
@@ -195,7 +197,10 @@ def test_tiny_student_on_a_gpu_draws_what_it_draws_uncompiled(
     assert manifest.device == "cuda"
     assert manifest.platform.gpu
     assert all(row.peak_bytes for row in manifest.latency)
-    compiled, eager = Pipeline.load(bundle, backend="aotinductor"), Pipeline.load(bundle, backend="eager")
+    compiled, eager = (
+        Pipeline.load(bundle, backend=Backend.AOTINDUCTOR),
+        Pipeline.load(bundle, backend=Backend.EAGER),
+    )
     assert (compiled.device.type, compiled.warnings) == ("cuda", [])
     before = compiled.run(SAMPLES)
     compiled.warm_up()

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engines.__main__ import main
-from engines.bucket import Bucket
-from engines.bundle import LatencyRow, Manifest, StageSpec, TensorSpec, read_manifest, write_manifest
+from engines.bundle.bucket import Bucket
+from engines.bundle.latency import LatencyRow
+from engines.bundle.manifest import Manifest, read_manifest, write_manifest
+from engines.bundle.stages import Backend, StageSpec, TensorSpec
 from engines.errors import MemoryPlanError
 from engines.families.spec import get_family
 from engines.runtime.cuda_graphs import boundary_bytes
@@ -46,7 +48,7 @@ def with_peaks(manifest: Manifest, backend: str) -> Manifest:
 
 def test_weights_are_those_of_the_modules(eager_bundle: Path) -> None:
     manifest = read_manifest(eager_bundle)
-    plan = plan_memory(eager_bundle, with_peaks(manifest, "eager"))
+    plan = plan_memory(eager_bundle, with_peaks(manifest, Backend.EAGER))
     for spec in manifest.stages:
         module = get_family(manifest.family).load_stage(eager_bundle / "checkpoint", spec, torch.float32)
         held = {parameter.data_ptr(): parameter.nbytes for parameter in module.parameters()}
@@ -56,7 +58,7 @@ def test_weights_are_those_of_the_modules(eager_bundle: Path) -> None:
 
 def test_weights_of_packages_are_counted_once_and_with_their_own_constants(compiled_bundle: Path) -> None:
     manifest = read_manifest(compiled_bundle)
-    plan = plan_memory(compiled_bundle, with_peaks(manifest, "aotinductor"))
+    plan = plan_memory(compiled_bundle, with_peaks(manifest, Backend.AOTINDUCTOR))
     (engine,) = [engine for engine in manifest.engines if engine.stage == "denoise"]
     checkpoint = load_file(
         compiled_bundle / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -66,12 +68,12 @@ def test_weights_of_packages_are_counted_once_and_with_their_own_constants(compi
     total = sum(tensor.numel() * 4 for tensor in (*checkpoint.values(), *own.values()))
     assert 0.9 * total < found <= total  # the compiler may drop what does not matter
     doubled = manifest.model_copy(update={"engines": [*manifest.engines, *manifest.engines]})
-    again = plan_memory(compiled_bundle, with_peaks(doubled, "aotinductor"))
+    again = plan_memory(compiled_bundle, with_peaks(doubled, Backend.AOTINDUCTOR))
     assert size_of(again, "weights of denoise").size_bytes == found
 
 
 def test_scratch_is_the_largest_that_was_measured_and_graphs_come_on_top(eager_bundle: Path) -> None:
-    manifest = with_peaks(read_manifest(eager_bundle), "eager")
+    manifest = with_peaks(read_manifest(eager_bundle), Backend.EAGER)
     plan = plan_memory(eager_bundle, manifest, graphs=True)
     assert size_of(plan, "scratch of the largest call") == MemoryLine(
         "scratch of the largest call", 4 * 1002, "measured at build"
@@ -156,7 +158,7 @@ def test_inspect_prints_the_plan_of_a_bundle_for_a_gpu(
     eager_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = shutil.copytree(eager_bundle, tmp_path / "bundle")
-    manifest = with_peaks(read_manifest(bundle), "eager")
+    manifest = with_peaks(read_manifest(bundle), Backend.EAGER)
     gpu = manifest.platform.model_copy(update={"gpu": "NVIDIA H100", "cuda": "13.0", "driver": "580.1"})
     write_manifest(bundle, manifest.model_copy(update={"device": "cuda", "platform": gpu}))
     assert main(["inspect", str(bundle)]) == 0

@@ -18,7 +18,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from engines.bundle import StageSpec, TensorSpec
+from engines.bundle.stages import StageSpec, TensorSpec
 from engines.compile.export import example_inputs
 from engines.compile.onnx_export import (
     OPSET,

@@ -12,7 +12,7 @@ import torch
 from diffusers import PixArtAlphaPipeline
 from torch import Tensor
 
-from engines.bundle import StageSpec
+from engines.bundle.stages import StageSpec
 from engines.compile.export import example_inputs, export_stage
 from engines.errors import CheckpointError
 from engines.families.pixart import (

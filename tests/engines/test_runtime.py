@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engines import bundle as bundle_module
-from engines.bucket import Bucket
-from engines.bundle import StageSpec, TensorSpec, current_platform, read_manifest
+from engines.bundle import integrity
+from engines.bundle.bucket import Bucket
+from engines.bundle.manifest import read_manifest, write_manifest
+from engines.bundle.platform import current_platform
+from engines.bundle.stages import Backend, StageSpec, TensorSpec
 from engines.denoiser import NetworkDenoiser
 from engines.errors import BackendUnavailable, BundleError, NonFiniteError
 from engines.families.image_vae import load_decoder
@@ -64,7 +66,7 @@ def pipeline(request: pytest.FixtureRequest) -> Pipeline:
 
 @pytest.fixture(scope="module")
 def eager(eager_bundle: Path) -> Pipeline:
-    return Pipeline.load(eager_bundle, backend="eager")
+    return Pipeline.load(eager_bundle, backend=Backend.EAGER)
 
 
 def test_pictures_are_what_the_manifest_says(pipeline: Pipeline) -> None:
@@ -106,7 +108,7 @@ def test_rows_with_fewer_steps_wait_for_the_others(pipeline: Pipeline) -> None:
 
 
 def test_compiled_pipeline_draws_what_eager_draws(compiled_bundle: Path) -> None:
-    compiled, eager = Pipeline.load(compiled_bundle), Pipeline.load(compiled_bundle, backend="eager")
+    compiled, eager = Pipeline.load(compiled_bundle), Pipeline.load(compiled_bundle, backend=Backend.EAGER)
     assert (compiled.backend, eager.backend, eager.warnings) == ("aotinductor", "eager", [])
     for a, b in zip(compiled.run(MIXED), eager.run(MIXED), strict=True):
         assert difference(a, b) <= TOLERANCE
@@ -256,7 +258,7 @@ def test_repeated_prompts_are_encoded_once(eager: Pipeline, monkeypatch: pytest.
 
 
 def test_prompts_that_are_encoded_together_keep_their_rows(eager_bundle: Path) -> None:
-    together, alone = (Pipeline.load(eager_bundle, backend="eager") for _ in range(2))  # nothing cached
+    together, alone = (Pipeline.load(eager_bundle, backend=Backend.EAGER) for _ in range(2))  # nothing cached
     told = together.prepare(MIXED).cond
     for row, wanted in enumerate(MIXED):
         for name, tensor in alone.prepare([wanted]).cond.items():
@@ -303,7 +305,7 @@ def test_compiled_code_that_does_not_fit_makes_way_for_eager(
 ) -> None:
     here = current_platform()
     elsewhere = here.model_copy(update={"torch": "9.9.9", "cpu_flags": ()})
-    monkeypatch.setattr(bundle_module, "current_platform", lambda *_: elsewhere)
+    monkeypatch.setattr(integrity, "current_platform", lambda *_: elsewhere)
     pipeline = Pipeline.load(compiled_bundle)
     assert pipeline.backend == "eager"
     (warning,) = pipeline.warnings
@@ -311,7 +313,7 @@ def test_compiled_code_that_does_not_fit_makes_way_for_eager(
     assert "platform.cpu_flags" in warning
     assert pipeline.run(MIXED[:1])[0].shape == (1, 64, 64, 3)
     with pytest.raises(BackendUnavailable, match=r"platform\.torch") as caught:
-        Pipeline.load(compiled_bundle, backend="aotinductor")
+        Pipeline.load(compiled_bundle, backend=Backend.AOTINDUCTOR)
     assert caught.value.code == "backend_unavailable"
 
 
@@ -321,7 +323,7 @@ def test_compiled_code_that_does_not_load_makes_way_for_eager(compiled_bundle: P
     data = json.loads((bundle / "manifest.json").read_text())
     path = data["engines"][0]["path"]
     (bundle / path).write_bytes(b"PK\x03\x04 no package at all")
-    data["files"][path] = bundle_module.hash_file(bundle / path).model_dump()
+    data["files"][path] = integrity.hash_file(bundle / path).model_dump()
     (bundle / "manifest.json").write_text(json.dumps(data))
     pipeline = Pipeline.load(bundle)
     assert pipeline.backend == "eager"
@@ -334,7 +336,7 @@ def test_bundle_without_compiled_code_serves_with_a_warning(eager_bundle: Path) 
     assert pipeline.backend == "eager"
     assert "no compiled code" in pipeline.warnings[0]
     with pytest.raises(BackendUnavailable, match="no compiled code"):
-        Pipeline.load(eager_bundle, backend="aotinductor")
+        Pipeline.load(eager_bundle, backend=Backend.AOTINDUCTOR)
 
 
 def test_damaged_bundle_is_refused_by_the_fields_name(compiled_bundle: Path, tmp_path: Path) -> None:
@@ -353,9 +355,9 @@ def test_unsupported_scheduler_is_refused_by_the_fields_name(eager_bundle: Path,
     path = bundle / "checkpoint" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "beta_schedule": "cosine"}))
     manifest = read_manifest(bundle)
-    files = bundle_module.hash_files(bundle)
-    version = bundle_module.content_version(files)
-    bundle_module.write_manifest(bundle, manifest.model_copy(update={"files": files, "version": version}))
+    files = integrity.hash_files(bundle)
+    version = integrity.content_version(files)
+    write_manifest(bundle, manifest.model_copy(update={"files": files, "version": version}))
     with pytest.raises(BundleError, match=r"^checkpoint\.scheduler: .*cosine"):
         Pipeline.load(bundle)
 

@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from engines.distill.checkpoint import latest_checkpoint
-from engines.distill.pictures import Painter
 from engines.distill.samples import filmstrips, lay_out
 from engines.distill.studio import averaged
 from engines.distill.trainer import Trainer, distill
+from engines.gate.painter import Painter
 from tests.engines.test_trainer import PROMPTS, config_of, quiet, trainer_of
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
 

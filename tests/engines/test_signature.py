@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from engines.__main__ import main
-from engines.bundle import MANIFEST, SIGNATURE, read_manifest, verify_files, write_manifest
+from engines.bundle.integrity import verify_files
+from engines.bundle.manifest import MANIFEST, SIGNATURE, read_manifest, write_manifest
+from engines.bundle.signature import check_signature, read_key, sign_bundle
+from engines.bundle.stages import Backend
 from engines.errors import BundleError, ConfigError
 from engines.runtime.pipeline import Pipeline
-from engines.signature import check_signature, read_key, sign_bundle
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 
@@ -41,13 +43,13 @@ def test_signed_bundle_is_accepted_and_still_whole(bundle: Path) -> None:
     sign_bundle(bundle, KEY)
     check_signature(bundle, KEY)
     verify_files(bundle)
-    assert Pipeline.load(bundle, backend="eager", key=KEY).manifest == read_manifest(bundle)
+    assert Pipeline.load(bundle, backend=Backend.EAGER, key=KEY).manifest == read_manifest(bundle)
 
 
 def test_unsigned_bundle_is_refused_with_the_remedy(bundle: Path) -> None:
     assert "engines sign" in refusal(bundle)
     with pytest.raises(BundleError, match=SIGNATURE):
-        Pipeline.load(bundle, backend="eager", key=KEY)
+        Pipeline.load(bundle, backend=Backend.EAGER, key=KEY)
 
 
 def test_bundle_of_another_key_is_refused_and_both_keys_are_named(bundle: Path) -> None:
@@ -83,7 +85,7 @@ def test_changed_file_is_refused_though_the_signature_is_right(bundle: Path) -> 
     sign_bundle(bundle, KEY)
     (bundle / "checkpoint" / "student.json").write_text("{}")
     with pytest.raises(BundleError, match=r"^files\.checkpoint/student\.json"):
-        Pipeline.load(bundle, backend="eager", key=KEY)
+        Pipeline.load(bundle, backend=Backend.EAGER, key=KEY)
 
 
 def test_damaged_bundle_is_not_signed(bundle: Path) -> None:

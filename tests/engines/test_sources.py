@@ -20,7 +20,7 @@ MAKE: dict[str, Callable[..., object]] = {
 EXPORT = """
 import sys
 from pathlib import Path
-from engines.bundle import current_platform
+from engines.bundle.platform import current_platform
 from engines.compile.aotinductor import CompileJob, load_for_compiling
 from engines.compile.export import export_stage
 from engines.families.spec import get_family

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from engines.denoiser import Conditioning, Denoiser, x0_to_eps
-from engines.distill import tdm
+from engines.distill import forward, tdm, trajectory
+from engines.distill.forward import Query
+from engines.distill.objective import Divergence, FakeLoss, FakeTarget, GuidanceTau, Intervals, Objective
 from engines.distill.ring import (
     RingDenoiser,
     Sampler,
@@ -22,7 +24,7 @@ from engines.distill.ring import (
     points_of_data,
     sliced_wasserstein,
 )
-from engines.distill.tdm import Objective, Query, StudentStep
+from engines.distill.trajectory import StudentStep
 from engines.sampler import ddim_step
 from engines.schedule import CLEAN, NoiseSchedule, flow_schedule, student_timesteps
 
@@ -82,14 +84,16 @@ def louder(at: StudentStep) -> StudentStep:
 
 def grid(num_steps: Tensor) -> Tensor:
     """Timesteps of the even grids, one row per K in `num_steps`."""
-    return tdm.timestep_table({count: student_timesteps(count) for count in (1, 2, 3, 4, 8)})[num_steps]
+    return trajectory.timestep_table({count: student_timesteps(count) for count in (1, 2, 3, 4, 8)})[
+        num_steps
+    ]
 
 
 def any_student_step(batch: int = 6) -> tuple[Linear, StudentStep]:
     student = Linear(0.3, 0.1)
-    num_steps, step = tdm.draw_steps(batch, STEP_WEIGHTS, rng())
+    num_steps, step = trajectory.draw_steps(batch, STEP_WEIGHTS, rng())
     noise = randn(batch, 3, 4, 4)
-    return student, tdm.student_step(student, noise, conditioning(num_steps), grid(num_steps), step)
+    return student, trajectory.student_step(student, noise, conditioning(num_steps), grid(num_steps), step)
 
 
 # Trajectory
@@ -98,13 +102,13 @@ def any_student_step(batch: int = 6) -> tuple[Linear, StudentStep]:
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8])
 def test_step_ends_are_the_sampling_timesteps(num_steps: int) -> None:
     step = torch.arange(num_steps)
-    now, to = tdm.step_ends(grid(torch.full_like(step, num_steps)), step)
+    now, to = trajectory.step_ends(grid(torch.full_like(step, num_steps)), step)
     assert now.tolist() == student_timesteps(num_steps)
     assert to.tolist() == [*student_timesteps(num_steps)[1:], CLEAN]
 
 
 def test_steps_are_drawn_by_weight_of_their_k_and_evenly_within() -> None:
-    num_steps, step = tdm.draw_steps(20_000, STEP_WEIGHTS, rng())
+    num_steps, step = trajectory.draw_steps(20_000, STEP_WEIGHTS, rng())
     for count, weight in STEP_WEIGHTS.items():
         assert (num_steps == count).float().mean().item() == pytest.approx(weight, abs=0.02)
         within = step[num_steps == count]
@@ -116,7 +120,7 @@ def test_steps_are_drawn_by_weight_of_their_k_and_evenly_within() -> None:
 def test_rollout_stops_where_the_sampler_would_be() -> None:
     student = Linear(0.3, 0.1)
     noise, num_steps, step = randn(4, 3, 4, 4), torch.tensor([4, 4, 2, 1]), torch.tensor([3, 1, 1, 0])
-    latents = tdm.rollout(student, noise, conditioning(num_steps), grid(num_steps), step)
+    latents = trajectory.rollout(student, noise, conditioning(num_steps), grid(num_steps), step)
     for row in range(4):
         expected = noise[row : row + 1]
         timesteps = student_timesteps(int(num_steps[row]))
@@ -133,14 +137,14 @@ def test_rollout_asks_only_for_rows_that_still_move() -> None:
     student = Linear(0.3, 0.1)
     num_steps = torch.tensor([4, 4, 2, 1])
     step = torch.tensor([3, 1, 1, 0])
-    tdm.rollout(student, randn(4, 3, 4, 4), conditioning(num_steps), grid(num_steps), step)
+    trajectory.rollout(student, randn(4, 3, 4, 4), conditioning(num_steps), grid(num_steps), step)
     assert student.rows == 3 + 1 + 1
 
 
 def test_last_student_step_lands_on_its_x0() -> None:
     student = Linear(0.3, 0.1)
     num_steps, step = torch.tensor([1, 4]), torch.tensor([0, 3])
-    at = tdm.student_step(student, randn(2, 3, 4, 4), conditioning(num_steps), grid(num_steps), step)
+    at = trajectory.student_step(student, randn(2, 3, 4, 4), conditioning(num_steps), grid(num_steps), step)
     assert at.next_timesteps.tolist() == [CLEAN, CLEAN]
     torch.testing.assert_close(at.landing, at.x0.detach())
 
@@ -156,7 +160,7 @@ def test_transition_kernel_carries_one_marginal_to_the_other(
     schedule: NoiseSchedule, pair: tuple[int, int]
 ) -> None:
     source, tau = torch.tensor([pair[0]]), torch.tensor([pair[1]])
-    a, b = tdm.transition_kernel(schedule, source, tau)
+    a, b = forward.transition_kernel(schedule, source, tau)
     (alpha_s, sigma_s), (alpha, sigma) = schedule.at(source), schedule.at(tau)
     torch.testing.assert_close(a * alpha_s, alpha)
     torch.testing.assert_close((a * sigma_s) ** 2 + b**2, sigma**2, atol=1e-7, rtol=1e-5)
@@ -166,7 +170,7 @@ def test_transition_kernel_carries_one_marginal_to_the_other(
 @each_schedule
 @pytest.mark.parametrize("intervals", ["separate", "overlapping"])
 def test_query_of_noised_data_has_the_marginal_variance_of_tau(
-    schedule: NoiseSchedule, intervals: tdm.Intervals
+    schedule: NoiseSchedule, intervals: Intervals
 ) -> None:
     batch = 4096
     x0, eps = torch.full((batch, 1, 2, 8, 8), 0.5), randn(batch, 1, 2, 8, 8)
@@ -175,7 +179,7 @@ def test_query_of_noised_data_has_the_marginal_variance_of_tau(
     at = StudentStep(
         x0, eps, alpha_s * x0 + sigma_s * eps, now, to, conditioning(torch.full((batch,), 4)), now < 0
     )
-    query = tdm.draw_query(at, schedule, Objective(intervals=intervals), rng(1))
+    query = forward.draw_query(at, schedule, Objective(intervals=intervals), rng(1))
     assert bool((query.tau > to).all())
     assert bool((query.tau < (now if intervals == "separate" else T)).all())
     assert (query.tau.max().item() > 499) == (intervals == "overlapping")
@@ -189,8 +193,8 @@ def test_query_of_noised_data_has_the_marginal_variance_of_tau(
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**32))
 def test_tau_stays_inside_its_own_step(num_steps: int, seed: int) -> None:
     step = torch.arange(num_steps).repeat(64)
-    now, to = tdm.step_ends(grid(torch.full_like(step, num_steps)), step)
-    tau = tdm.draw_tau(now, to, Objective(), rng(seed))
+    now, to = trajectory.step_ends(grid(torch.full_like(step, num_steps)), step)
+    tau = forward.draw_tau(now, to, Objective(), rng(seed))
     assert bool((tau > to).all())
     assert bool((tau >= 20).all())
     assert bool((tau < now - 10).all())
@@ -199,8 +203,8 @@ def test_tau_stays_inside_its_own_step(num_steps: int, seed: int) -> None:
 def test_clean_points_are_predictions_noised_anew_at_any_level_of_their_step() -> None:
     student, at = any_student_step(batch=512)
     objective = Objective(points="clean")
-    points = tdm.matched(at, objective)
-    query = tdm.draw_query(points, SCHEDULE, objective, rng(2))
+    points = forward.matched(at, objective)
+    query = forward.draw_query(points, SCHEDULE, objective, rng(2))
     alpha, sigma = SCHEDULE.at(query.tau)
     torch.testing.assert_close(query.latents, alpha * at.x0.detach() + sigma * query.noise)
     assert bool((query.tau < at.timesteps - 10).all())
@@ -213,16 +217,16 @@ def test_clean_points_are_predictions_noised_anew_at_any_level_of_their_step() -
 
 def test_trajectory_points_are_the_landing_points() -> None:
     _, at = any_student_step()
-    assert tdm.matched(at, Objective()) is at
+    assert forward.matched(at, Objective()) is at
 
 
 def test_steps_too_short_for_a_tau_are_refused() -> None:
     with pytest.raises(ValueError, match="tau_gap 600"):
-        tdm.draw_tau(torch.tensor([499]), torch.tensor([CLEAN]), Objective(tau_gap=600), rng())
+        forward.draw_tau(torch.tensor([499]), torch.tensor([CLEAN]), Objective(tau_gap=600), rng())
 
 
 def test_table_holds_each_ks_timesteps_and_then_clean() -> None:
-    table = tdm.timestep_table({1: [999], 3: [999, 700, 300]})
+    table = trajectory.timestep_table({1: [999], 3: [999, 700, 300]})
     assert table[3].tolist() == [999, 700, 300, CLEAN]
     assert table[1].tolist() == [999, CLEAN, CLEAN, CLEAN]
 
@@ -230,13 +234,13 @@ def test_table_holds_each_ks_timesteps_and_then_clean() -> None:
 @pytest.mark.parametrize("timesteps", [[999], [999, 999], [300, 999], [999, CLEAN]])
 def test_table_refuses_what_is_no_trajectory(timesteps: list[int]) -> None:
     with pytest.raises(ValueError, match="2 strictly falling timesteps"):
-        tdm.timestep_table({2: timesteps})
+        trajectory.timestep_table({2: timesteps})
 
 
 @given(st.integers(0, 2**32), st.floats(0.0, 0.49))
 def test_jittered_grids_start_at_the_noise_and_keep_falling(seed: int, share: float) -> None:
     num_steps = torch.tensor([1, 2, 3, 4, 8] * 4)
-    visited = tdm.jitter(grid(num_steps), num_steps, share, rng(seed))
+    visited = trajectory.jitter(grid(num_steps), num_steps, share, rng(seed))
     assert torch.equal(visited[:, 0], grid(num_steps)[:, 0])
     for row, count in zip(visited.tolist(), num_steps.tolist(), strict=True):
         assert all(t > s for t, s in itertools.pairwise(row[: count + 1]))
@@ -244,8 +248,8 @@ def test_jittered_grids_start_at_the_noise_and_keep_falling(seed: int, share: fl
 
 
 def test_jittered_timesteps_fill_their_share_of_the_way_to_both_neighbours() -> None:
-    visited = tdm.timestep_table({4: [999, 800, 500, 100]})[torch.full((4000,), 4)]
-    moved = tdm.jitter(visited, torch.full((4000,), 4), 0.4, rng())
+    visited = trajectory.timestep_table({4: [999, 800, 500, 100]})[torch.full((4000,), 4)]
+    moved = trajectory.jitter(visited, torch.full((4000,), 4), 0.4, rng())
     lowest, highest = (moved[:, 1:4].double().quantile(q, dim=0) for q in (0.01, 0.99))
     torch.testing.assert_close(lowest, torch.tensor([680.0, 340.0, 60.0]).double(), atol=4.0, rtol=0)
     torch.testing.assert_close(highest, torch.tensor([880.0, 620.0, 260.0]).double(), atol=4.0, rtol=0)
@@ -253,15 +257,15 @@ def test_jittered_timesteps_fill_their_share_of_the_way_to_both_neighbours() -> 
 
 @given(st.integers(0, 2**32))
 def test_random_landings_lie_between_the_grid_points(seed: int) -> None:
-    now, to = tdm.step_ends(grid(torch.full((64,), 4)), torch.arange(64) % 4)
-    landing = tdm.draw_landing(now, to, rng(seed))
+    now, to = trajectory.step_ends(grid(torch.full((64,), 4)), torch.arange(64) % 4)
+    landing = trajectory.draw_landing(now, to, rng(seed))
     assert bool((landing >= to).all())
     assert bool((landing < now - 20).all())
 
 
 def test_random_landings_are_spread_evenly() -> None:
     now, to = torch.full((4000,), 749), torch.full((4000,), 499)
-    landing = tdm.draw_landing(now, to, rng()).double()
+    landing = trajectory.draw_landing(now, to, rng()).double()
     spread = landing.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double())
     torch.testing.assert_close(spread, torch.tensor([499, 556.5, 614, 671.5, 728]).double(), atol=6.0, rtol=0)
 
@@ -272,7 +276,7 @@ def test_random_landings_are_spread_evenly() -> None:
 def test_exact_target_at_a_clean_landing_is_the_students_x0() -> None:
     _, at = any_student_step()
     at = replace(at, next_timesteps=torch.full_like(at.timesteps, CLEAN), landing=at.x0.detach())
-    query = tdm.draw_query(at, SCHEDULE, Objective(), rng(2))
+    query = forward.draw_query(at, SCHEDULE, Objective(), rng(2))
     target = tdm.fake_target(at, query, SCHEDULE, "exact")
     assert torch.equal(tdm.fake_target(at, query, SCHEDULE, "student_x0"), at.x0)
     alpha, sigma = SCHEDULE.at(query.tau)
@@ -289,11 +293,11 @@ def test_only_the_exact_target_learns_the_score_of_points_off_the_marginal() -> 
     x0 = landing / (alpha_s + sigma_s)  # a student whose eps equals its x0
     ends = torch.full((batch,), now), torch.full((batch,), to)
     at = StudentStep(x0, x0, landing, *ends, conditioning(torch.full((batch,), 4)), ends[0] < 0)
-    a, b = tdm.transition_kernel(SCHEDULE, ends[1], torch.full((batch,), tau))
+    a, b = forward.transition_kernel(SCHEDULE, ends[1], torch.full((batch,), tau))
     noise = randn(batch, 1, 1, 1, seed=4)
     query = Query(a * landing + b * noise, torch.full((batch,), tau), noise, a, b)
 
-    def fitted_score(kind: tdm.FakeTarget) -> float:
+    def fitted_score(kind: FakeTarget) -> float:
         target = tdm.fake_target(at, query, SCHEDULE, kind)
         gain = (
             target * query.latents
@@ -325,14 +329,14 @@ def test_importance_weight_is_one_when_eps_is_noise() -> None:
     at = StudentStep(
         x0, eps, alpha_s * x0 + sigma_s * eps, now, to, conditioning(torch.full((batch,), 4)), now < 0
     )
-    weight = tdm.importance_weight(at, tdm.draw_query(at, SCHEDULE, Objective(), rng(6)), SCHEDULE)
+    weight = tdm.importance_weight(at, forward.draw_query(at, SCHEDULE, Objective(), rng(6)), SCHEDULE)
     torch.testing.assert_close(weight, torch.ones(batch, 1, 1, 1), atol=0.03, rtol=0)
 
 
 def test_importance_weight_is_the_tempered_ratio_of_the_kernels_from_x0_and_from_the_landing_point() -> None:
     """exp(-|z|^2 / 2d) of the one, over that of the other."""
     at = louder(any_student_step()[1])
-    query = tdm.draw_query(at, SCHEDULE, Objective(), rng(6))
+    query = forward.draw_query(at, SCHEDULE, Objective(), rng(6))
     alpha, sigma = SCHEDULE.at(query.tau)
     of_x0 = (query.latents - alpha * at.x0.detach()) / sigma
     of_landing = (query.latents - query.a * at.landing) / query.b
@@ -349,13 +353,13 @@ def test_importance_weight_is_the_tempered_ratio_of_the_kernels_from_x0_and_from
 @pytest.mark.parametrize("loss", ["x0", "v"])
 @pytest.mark.parametrize("importance", [False, True])
 def test_fake_scores_loss_is_its_weighted_error_at_the_query(
-    target: tdm.FakeTarget, loss: tdm.FakeLoss, importance: bool
+    target: FakeTarget, loss: FakeLoss, importance: bool
 ) -> None:
     at = louder(any_student_step(batch=32)[1])
     objective = Objective(fake_target=target, fake_loss=loss, importance_weight=importance)
     fake_score = Linear(0.2, 0.0)
     rows = tdm.fake_score_loss(fake_score, at, objective, rng(3))
-    query = tdm.draw_query(at, SCHEDULE, objective, rng(3))
+    query = forward.draw_query(at, SCHEDULE, objective, rng(3))
     error = fake_score(query.latents, query.tau, at.cond) - tdm.fake_target(at, query, SCHEDULE, target)
     weight = tdm.fake_weight(SCHEDULE, query.tau, loss)
     if target == "exact":
@@ -369,7 +373,7 @@ def test_fake_scores_loss_is_its_weighted_error_at_the_query(
 
 @pytest.mark.parametrize("target", ["student_x0", "exact"])
 @pytest.mark.parametrize("loss", ["x0", "v"])
-def test_fake_score_loss_trains_the_fake_score_alone(target: tdm.FakeTarget, loss: tdm.FakeLoss) -> None:
+def test_fake_score_loss_trains_the_fake_score_alone(target: FakeTarget, loss: FakeLoss) -> None:
     student, at = any_student_step()
     fake_score = Linear(0.2, 0.0)
     rows = tdm.fake_score_loss(fake_score, at, Objective(fake_target=target, fake_loss=loss), rng(3))
@@ -384,7 +388,7 @@ def test_anchor_adds_the_distance_from_the_teacher() -> None:
     fake_score, teacher = Linear(0.2, 0.0), Linear(0.2, 0.5)
     plain = tdm.fake_score_loss(fake_score, at, Objective(), rng(3))
     anchored = tdm.fake_score_loss(fake_score, at, Objective(fake_anchor=0.1), rng(3), teacher=teacher)
-    query = tdm.draw_query(at, SCHEDULE, Objective(), rng(3))
+    query = forward.draw_query(at, SCHEDULE, Objective(), rng(3))
     weight = tdm.fake_weight(SCHEDULE, query.tau, "v").flatten()
     torch.testing.assert_close(anchored - plain, 0.1 * 0.25 * weight, atol=1e-4, rtol=1e-3)
 
@@ -404,7 +408,9 @@ class Listener(Linear):
 
 
 @pytest.mark.parametrize("divergence", ["kl", "fisher"])
-def test_fake_score_is_told_the_steps_of_each_row_and_the_teacher_is_not(divergence: tdm.Divergence) -> None:
+def test_fake_score_is_told_the_steps_of_each_row_and_the_teacher_is_not(
+    divergence: Divergence,
+) -> None:
     """Trajectories of different K overlap: only K tells the fake score which one a point lies on."""
     _, at = any_student_step(batch=16)
     assert at.cond.num_steps is not None
@@ -433,7 +439,7 @@ def test_pulled_fake_score_is_between_itself_and_the_student() -> None:
 
 @pytest.mark.parametrize("divergence", ["kl", "fisher"])
 def test_student_has_no_gradient_when_fake_score_equals_an_unguided_teacher(
-    divergence: tdm.Divergence,
+    divergence: Divergence,
 ) -> None:
     student, at = any_student_step()
     twin = Linear(0.2, 0.4)
@@ -448,24 +454,24 @@ def test_student_has_no_gradient_when_fake_score_equals_an_unguided_teacher(
 
 @pytest.mark.parametrize("guidance_tau", ["shared", "own", "later"])
 def test_decoupled_guidance_adds_what_shared_guidance_adds_where_it_is_the_same_everywhere(
-    guidance_tau: tdm.GuidanceTau,
+    guidance_tau: GuidanceTau,
 ) -> None:
     _, at = any_student_step()
     teacher = Linear(0.2, 0.4, prompt_shift=1.0)
     objective = Objective(guidance_scale=3.0, guidance_tau=guidance_tau)
-    query = tdm.draw_query(at, SCHEDULE, objective, rng(3))
+    query = forward.draw_query(at, SCHEDULE, objective, rng(3))
     x0 = tdm.teacher_x0(teacher, at, query, UNCOND, objective, rng(4))
     torch.testing.assert_close(x0, 0.2 * query.latents + 0.4 + 3.0)
 
 
 @pytest.mark.parametrize("guidance_tau", ["own", "later"])
-def test_decoupled_guidance_is_read_at_another_tau(guidance_tau: tdm.GuidanceTau) -> None:
+def test_decoupled_guidance_is_read_at_another_tau(guidance_tau: GuidanceTau) -> None:
     num_steps, step = torch.full((512,), 4), torch.full((512,), 2)  # from 499 to 249
     noise = torch.zeros(512, 1, 1, 1)
-    at = tdm.student_step(Linear(0.3, 0.1), noise, conditioning(num_steps), grid(num_steps), step)
+    at = trajectory.student_step(Linear(0.3, 0.1), noise, conditioning(num_steps), grid(num_steps), step)
     teacher = Listener(0.2, 0.4, prompt_shift=1.0)
     objective = Objective(guidance_scale=3.0, guidance_tau=guidance_tau)
-    query = tdm.draw_query(at, SCHEDULE, objective, rng(3))
+    query = forward.draw_query(at, SCHEDULE, objective, rng(3))
     tdm.teacher_x0(teacher, at, query, UNCOND, objective, rng(4))
     shared, with_prompt, without = teacher.taus[0].chunk(3)
     assert torch.equal(shared, query.tau)
@@ -481,7 +487,7 @@ def test_fisher_loss_is_that_of_sid() -> None:
     teacher, fake_score = Linear(0.2, 0.5, prompt_shift=0.3), Linear(0.6, 0.1)
     objective = Objective(guidance_scale=2.0, divergence="fisher")
     rows, normaliser = tdm.student_loss(at, teacher, fake_score, UNCOND, objective, rng(5))
-    query = tdm.draw_query(at, SCHEDULE, objective, rng(5))
+    query = forward.draw_query(at, SCHEDULE, objective, rng(5))
     f = 0.2 * query.latents + 0.5 + 2.0 * 0.3
     g, x0 = 0.6 * query.latents + 0.1, at.x0
     distance = (x0 - f).abs().mean(dim=(1, 2, 3))
@@ -495,7 +501,7 @@ def test_fisher_gradient_is_the_derivative_through_the_landing_point() -> None:
     teacher, fake_score, objective = Linear(0.2, 0.5), Linear(0.6, 0.1), Objective(guidance_scale=1.0)
     objective = replace(objective, divergence="fisher", min_normaliser=1e3)
     num_steps, step = torch.tensor([4, 4, 2]), torch.tensor([0, 2, 1])
-    now, to = tdm.step_ends(grid(num_steps), step)
+    now, to = trajectory.step_ends(grid(num_steps), step)
     x0, latents = randn(3, 1, 2, 2, seed=1).double(), randn(3, 1, 2, 2, seed=2).double()
 
     def loss(x0: Tensor) -> Tensor:
@@ -540,7 +546,7 @@ def test_one_step_student_has_the_gradient_of_dmd() -> None:
     batch, guidance_scale = 5, 3.0
     noise, num_steps = randn(batch, 3, 4, 4), torch.ones(batch, dtype=torch.int64)
     cond, objective = conditioning(num_steps), Objective(guidance_scale=guidance_scale, huber_c=0.0)
-    at = tdm.student_step(student, noise, cond, grid(num_steps), torch.zeros_like(num_steps))
+    at = trajectory.student_step(student, noise, cond, grid(num_steps), torch.zeros_like(num_steps))
     at.x0.retain_grad()
     tdm.student_loss(at, teacher, fake_score, UNCOND, objective, rng(9))[0].sum().backward()
 
@@ -622,7 +628,7 @@ class PerfectFakeScore:
         self.mean, self.variance = mean, variance
 
     def __call__(self, latents: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-        a, b = tdm.transition_kernel(self.schedule, self.at.next_timesteps, timesteps)
+        a, b = forward.transition_kernel(self.schedule, self.at.next_timesteps, timesteps)
         score = -(latents - a * self.mean) / (a**2 * self.variance + b**2)
         alpha, sigma = self.schedule.at(timesteps)
         return (latents + sigma**2 * score) / alpha
@@ -633,7 +639,7 @@ def test_with_a_perfect_fake_score_the_students_marginals_become_exactly_the_tea
     schedule: NoiseSchedule,
 ) -> None:
     batch, visited = 4096, student_timesteps(4, 900)
-    table = tdm.timestep_table({4: visited})
+    table = trajectory.timestep_table({4: visited})
     teacher, student = GaussianTeacher(schedule), AffineStudent(schedule, visited)
     generator, objective = rng(1), Objective(guidance_scale=1.0, huber_c=0.0)
     alpha_T, sigma_T = schedule.at(torch.tensor(visited[:1]))
@@ -648,7 +654,7 @@ def test_with_a_perfect_fake_score_the_students_marginals_become_exactly_the_tea
         found = []
         for step in range(4):
             num_steps = torch.full((batch,), 4)
-            at = tdm.student_step(
+            at = trajectory.student_step(
                 model, start(rng(7)), conditioning(num_steps), table[num_steps], torch.full((batch,), step)
             )
             alpha, sigma = (float(factor[0]) for factor in schedule.at(at.next_timesteps))
@@ -665,8 +671,10 @@ def test_with_a_perfect_fake_score_the_students_marginals_become_exactly_the_tea
     adam = torch.optim.Adam(student.parameters(), lr=0.02, betas=(0.0, 0.99))
     for iteration in range(400):
         adam.param_groups[0]["lr"] = 0.02 * (1 - iteration / 400)
-        num_steps, step = tdm.draw_steps(batch, {4: 1.0}, generator)
-        at = tdm.student_step(student, start(generator), conditioning(num_steps), table[num_steps], step)
+        num_steps, step = trajectory.draw_steps(batch, {4: 1.0}, generator)
+        at = trajectory.student_step(
+            student, start(generator), conditioning(num_steps), table[num_steps], step
+        )
         adam.zero_grad()
         fake_score = PerfectFakeScore(schedule, at)
         tdm.student_loss(at, teacher, fake_score, UNCOND, objective, generator)[0].mean().backward()
@@ -692,14 +700,14 @@ def test_diversity_is_asked_of_first_steps_that_end_in_noise() -> None:
     teacher, objective = RingDenoiser(SCHEDULE), Objective(guidance_scale=1.0, diversity=0.5)
     num_steps, step = torch.tensor([4, 4, 2, 1]), torch.tensor([0, 1, 0, 0])
     cond = conditioning(num_steps)
-    at = tdm.student_step(Linear(0.3, 0.1), randn(4, 2, 1, 1), cond, grid(num_steps), step)
+    at = trajectory.student_step(Linear(0.3, 0.1), randn(4, 2, 1, 1), cond, grid(num_steps), step)
     loss = tdm.diversity_loss(at, teacher, UNCOND, objective, torch.ones(4))
     assert (loss > 0).tolist() == [True, False, True, False]
     loss.sum().backward()
 
     # one sub-step: the target is the teacher's own x0; a student that has it loses nothing
     once = Objective(guidance_scale=1.0, diversity=0.5, diversity_substeps=1)
-    at = tdm.student_step(teacher, randn(4, 2, 1, 1), cond, grid(num_steps), step)
+    at = trajectory.student_step(teacher, randn(4, 2, 1, 1), cond, grid(num_steps), step)
     assert tdm.diversity_loss(at, teacher, UNCOND, once, torch.ones(4)).abs().max() < 1e-6
 
 
@@ -708,7 +716,7 @@ def test_diversitys_target_leads_where_the_guided_teachers_substeps_lead() -> No
     objective = Objective(guidance_scale=3.0, diversity=0.5, diversity_substeps=3)
     num_steps, step = torch.tensor([4, 2]), torch.tensor([0, 0])
     noise = randn(2, 3, 4, 4)
-    at = tdm.student_step(Linear(0.3, 0.1), noise, conditioning(num_steps), grid(num_steps), step)
+    at = trajectory.student_step(Linear(0.3, 0.1), noise, conditioning(num_steps), grid(num_steps), step)
     target = tdm.diversity_target(at, torch.arange(2), teacher, UNCOND, objective)
     for row, times in enumerate([[999, 915, 832, 749], [999, 832, 665, 499]]):
         latents = noise[row : row + 1]

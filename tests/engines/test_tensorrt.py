@@ -21,11 +21,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from engines import platform as platform_module
 from engines.__main__ import main
-from engines.bucket import Bucket
-from engines.bundle import Manifest, StageSpec, TensorSpec, check_platform, read_manifest, verify_files
+from engines.bundle import platform as platform_module
+from engines.bundle.bucket import Bucket
+from engines.bundle.integrity import check_platform, verify_files
+from engines.bundle.manifest import Manifest, read_manifest
+from engines.bundle.platform import Platform, compare_for_plan, current_platform
+from engines.bundle.stages import Backend, StageSpec, TensorSpec
 from engines.compile import build as build_module
+from engines.compile.backends import COMPILERS
 from engines.compile.build import build_bundle, num_pieces
 from engines.compile.needed import reason_to_build
 from engines.compile.plan_report import read_plan_report
@@ -33,7 +37,6 @@ from engines.compile.progress import BuildProgress
 from engines.compile.tensorrt import PlanJob, compile_plan, network_flags, plan_key, timing_cache_file
 from engines.compile.verify import verify_bundle
 from engines.errors import BackendUnavailable, BundleError, CompileError
-from engines.platform import Platform, compare_for_plan, current_platform
 from engines.runtime.memory import plan_memory
 from engines.runtime.pipeline import Pipeline, Sample
 from engines.runtime.tensorrt import Scratch, TensorRtEngine, TensorRtStages, import_tensorrt
@@ -74,7 +77,8 @@ def both_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A bundle of plans and nothing else, built with the oldest version; do not write to it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt", fake_tensorrt.make(OLDEST))
-        patch.setattr(build_module, "check_tensorrt", lambda _: None)  # there is no GPU
+        compiler = replace(COMPILERS[Backend.TENSORRT], check=lambda _: None)  # there is no GPU
+        patch.setitem(COMPILERS, Backend.TENSORRT, compiler)
         patch.setattr(
             build_module,
             "current_platform",
@@ -82,7 +86,7 @@ def both_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) ->
         )
         settings = replace(
             build_settings(tiny_student, tmp_path_factory.mktemp("plans") / "bundle"),
-            backends=("tensorrt",),
+            backends=(Backend.TENSORRT,),
             batch_sizes=BATCHES,
             precision="fp32",
         )
@@ -99,12 +103,12 @@ def both_bundle(tiny_student: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine has the version that the plans were built with."""
-    from engines import bundle
+    from engines.bundle import integrity
 
     def platform(*_: object) -> Platform:
         return current_platform().model_copy(update={"tensorrt": platform_module.tensorrt_version()})
 
-    monkeypatch.setattr(bundle, "current_platform", platform)
+    monkeypatch.setattr(integrity, "current_platform", platform)
 
 
 # --- a bundle of plans ---
@@ -133,7 +137,7 @@ def test_bundle_of_plans_says_what_it_holds(both_bundle: Path) -> None:
 
 @pytest.mark.usefixtures("here", "fake")
 def test_bundle_of_plans_draws_what_eager_draws(both_bundle: Path) -> None:
-    pipeline, eager = Pipeline.load(both_bundle), Pipeline.load(both_bundle, backend="eager")
+    pipeline, eager = Pipeline.load(both_bundle), Pipeline.load(both_bundle, backend=Backend.EAGER)
     assert (pipeline.backend, pipeline.warnings) == ("tensorrt", [])
     samples = [
         Sample(prompt="a red cube", seed=1, num_steps=4, bucket=BUCKET),
@@ -155,7 +159,9 @@ def test_verification_repeats_the_parity_check(both_bundle: Path, capsys: pytest
 
 def test_memory_of_plans_is_their_files_and_one_scratch(both_bundle: Path) -> None:
     manifest = read_manifest(both_bundle)
-    lines = {line.what: line.size_bytes for line in plan_memory(both_bundle, manifest, "tensorrt").lines}
+    lines = {
+        line.what: line.size_bytes for line in plan_memory(both_bundle, manifest, Backend.TENSORRT).lines
+    }
     assert lines["scratch of the plans"] == 3 * fake_tensorrt.SCRATCH_PER_ROW
     weights = sum(size for what, size in lines.items() if what.startswith("weights of"))
     assert weights == sum(manifest.files[engine.path].size_bytes for engine in manifest.engines)
@@ -186,14 +192,14 @@ def test_next_backend_serves_where_the_first_does_not_fit(
     )
     assert warning.endswith("or build the bundle again); aotinductor serves instead")
     with pytest.raises(BackendUnavailable, match=r"platform\.tensorrt"):
-        Pipeline.load(bundle, backend="tensorrt")
+        Pipeline.load(bundle, backend=Backend.TENSORRT)
     assert [mismatch.field for mismatch in verify_bundle(bundle).mismatches] == ["tensorrt"]
     assert verify_bundle(bundle).fitting == ["aotinductor"]
 
 
 def test_backend_that_a_bundle_lacks_is_refused_by_name(compiled_bundle: Path) -> None:
     with pytest.raises(BackendUnavailable, match="no tensorrt engines, only aotinductor; build it with"):
-        Pipeline.load(compiled_bundle, backend="tensorrt")
+        Pipeline.load(compiled_bundle, backend=Backend.TENSORRT)
 
 
 # --- platform ---
@@ -219,7 +225,7 @@ def test_bundle_is_judged_by_the_backend_that_is_asked_for(both_bundle: Path) ->
     manifest = read_manifest(both_bundle)
     elsewhere = manifest.platform.model_copy(update={"torch": "1.0"})
     assert check_platform(manifest, elsewhere) == []
-    assert [one.field for one in check_platform(manifest, elsewhere, "aotinductor")] == ["torch"]
+    assert [one.field for one in check_platform(manifest, elsewhere, Backend.AOTINDUCTOR)] == ["torch"]
 
 
 def test_bundle_with_other_backends_is_built_anew(

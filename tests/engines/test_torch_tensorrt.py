@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from engines.bundle import StageSpec, TensorSpec
+from engines.bundle.stages import StageSpec, TensorSpec
 from engines.compile.torch_tensorrt import NEVER, check_arguments, compile_arguments, compile_partly
 from engines.errors import BackendUnavailable, CompileError
 

@@ -16,9 +16,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines import platform
+from engines.bundle import platform
+from engines.bundle.platform import current_platform
 from engines.denoiser import Conditioning
-from engines.distill import tdm
+from engines.distill import tdm, trajectory
 from engines.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
 from engines.distill.config import DistillConfig, parse_config, read_config
 from engines.distill.prompts import load_prompt_bank
@@ -28,7 +29,6 @@ from engines.distill.trainer import Trainer, distill
 from engines.distill.updates import lr_factor, update_average
 from engines.errors import CheckpointError, ConfigError, TrainingError
 from engines.families.pixart import STEPS_EMBEDDING_KEY, load_encoder, load_transformer
-from engines.platform import current_platform
 from tests.engines.tiny import MAX_TEXT_TOKENS, make_tiny_checkpoint
 
 PROMPTS = ["a red cube", "a small blue sphere left of a green cone", "a torus"]
@@ -384,8 +384,8 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.noise: list[Tensor] = []
         self.visited: list[Tensor] = []
-        self.steps: list[tdm.StudentStep] = []
-        original = tdm.student_step
+        self.steps: list[trajectory.StudentStep] = []
+        original = trajectory.student_step
 
         def recording(
             student: Any, noise: Tensor, cond: Any, visited: Tensor, *args: Any, **kwargs: Any
@@ -395,7 +395,7 @@ class Recorded:
             self.steps.append(original(student, noise, cond, visited, *args, **kwargs))
             return self.steps[-1]
 
-        monkeypatch.setattr(tdm, "student_step", recording)
+        monkeypatch.setattr(trajectory, "student_step", recording)
 
 
 def run(trainer: Trainer, iterations: int) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from engines.compile.build import BuildSettings, build_bundle, num_pieces
+from engines.bundle.stages import Backend
+from engines.compile.build import build_bundle, num_pieces
 from engines.compile.progress import BuildProgress
+from engines.compile.settings import BuildSettings
 from server.supervisor.valkey import find_server
 from tests.engines.tiny import make_tiny_checkpoint
 from tests.failures.deployment import Deployment
@@ -32,7 +34,7 @@ def build(folder: Path) -> None:
         student=make_tiny_checkpoint(folder / "student"),
         out=folder / "bundle",
         batch_sizes=(1, 2, 4, MAX_BATCH),
-        backends=("eager",),
+        backends=(Backend.EAGER,),
         num_threads=1,
         num_jobs=1,
         decode_dtype="float32",

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from engines.bundle import read_manifest
+from engines.bundle.manifest import read_manifest
 from server.queue.connection import connect
 from server.queue.keys import class_prefix, stream_of
 from tests.failures.processes import PATIENCE_S, Api, RedisServer, Worker

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 import redis
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.job import UNMEASURED_MS, GenerationRequest, Job, JobKind, Priority, new_job
 from server.queue.connection import connect
 from server.queue.job_queue import JobQueue

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from engines.bundle import Manifest, current_platform
+from engines.bundle.manifest import Manifest
+from engines.bundle.platform import current_platform
 
 EXAMPLES = ["a large red sphere on the left, on grass, at sunset", "a blue cube"]
 

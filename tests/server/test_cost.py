@@ -1,6 +1,6 @@
 """What a batch costs, from the table of its bundle."""
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.cost import batch_cost
 from tests.server.manifests import make_manifest
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.job import (
     MAX_SEED,
     TERMINAL,

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from engines.bundle import Manifest
+from engines.bundle.manifest import Manifest
 from server.api.app import create_app
 from server.api.dependencies import Services
 from server.job import UNMEASURED_MS, Job, JobError, OutputRef, sample_seed

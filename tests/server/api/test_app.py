@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.settings import Settings
 from tests.server.api.running import Api, error_of, running_api
 from tests.server.manifests import EXAMPLES

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.job import GenerationRequest, Job
 from server.settings import Settings
 from server.store import ResultStore

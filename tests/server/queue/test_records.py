@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.job import JobError, JobErrorCode
 from server.queue.records import UnreadableJobError, dump_error, dump_request, load_job, load_request
 from tests.server.conftest import request_of

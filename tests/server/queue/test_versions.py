@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import redis
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.api.catalog import Catalog
 from server.job import Job, JobStatus
 from server.queue.job_queue import JobQueue

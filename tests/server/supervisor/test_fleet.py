@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engines.bundle import write_manifest
+from engines.bundle.manifest import write_manifest
 from server.queue.routes import Route, Routes
 from server.supervisor.child import Child
 from server.supervisor.fleet import Crew, Fleet, Post

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from engines.bundle import write_manifest
+from engines.bundle.manifest import write_manifest
 from server.job import JobKind
 from server.settings import Settings
 from server.supervisor.bundles import (

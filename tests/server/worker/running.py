@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from engines.bucket import Bucket
-from engines.compile.build import BuildSettings, build_bundle, num_pieces
+from engines.bundle.bucket import Bucket
+from engines.bundle.stages import Backend
+from engines.compile.build import build_bundle, num_pieces
 from engines.compile.progress import BuildProgress
+from engines.compile.settings import BuildSettings
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from server.job import Job, JobKind, new_job
 from server.metrics import Metrics
@@ -102,7 +104,7 @@ def build(student: Path, out: Path, *, batch_sizes: tuple[int, ...]) -> Path:
         student=student,
         out=out,
         batch_sizes=batch_sizes,
-        backends=("eager",),
+        backends=(Backend.EAGER,),
         num_threads=1,
         num_jobs=1,
         decode_dtype="float32",
@@ -115,7 +117,7 @@ def build(student: Path, out: Path, *, batch_sizes: tuple[int, ...]) -> Path:
 
 
 def load(bundle: Path) -> ObservedPipeline:
-    pipeline = ObservedPipeline.load(bundle, backend="eager", num_threads=1)
+    pipeline = ObservedPipeline.load(bundle, backend=Backend.EAGER, num_threads=1)
     assert isinstance(pipeline, ObservedPipeline)
     # The tests want batches; whether these pay was measured, and differs from machine to machine.
     flat = [row.model_copy(update={"ms": 10.0}) for row in pipeline.manifest.latency]

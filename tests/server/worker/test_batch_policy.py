@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from server.worker.batch_policy import Arrivals, CostModel, Row, Run, Wait, best_batch, best_wait, decide
 
 SMALL, LARGE = Bucket(64, 64), Bucket(1024, 1024)

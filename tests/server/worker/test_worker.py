@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
 from engines.runtime.pipeline import Sample
 from server.job import Job, JobStatus
 from server.queue.connection import connect

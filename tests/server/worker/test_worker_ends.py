@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from engines.bundle.signature import read_key, sign_bundle
 from engines.errors import BundleError
-from engines.signature import read_key, sign_bundle
 from server.job import Job, JobStatus
 from server.metrics import Metrics
 from server.queue.clock import system_now_ms

@@ -1,4 +1,4 @@
-"""The quality gate: a student's scenes against its teacher's and real renders, read by the demo's judge.
+"""The quality gate: a student's pictures against its teacher's and real ones, read by their domain's judge.
 
 Every sampler draws the same prompts from the same noise. Accuracy is the share of pictures in which the
 judge reads all that was asked for; Fréchet distance compares the judge's features of all pictures with real
@@ -26,7 +26,12 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from engines.distill.evaluator import (
+from engines.bundle.platform import current_platform
+from engines.errors import CheckpointError, ConfigError
+from engines.families.spec import family_of
+from engines.families.student import read_student
+from engines.files import write_json
+from engines.gate.evaluator import (
     COPIES,
     NUM_AXES,
     Evaluator,
@@ -38,15 +43,10 @@ from engines.distill.evaluator import (
     reference_identity,
     teacher_identity,
 )
-from engines.distill.features import PIXELS, check_features
-from engines.distill.parallel import Unit, measure_units
-from engines.distill.report import contact_sheet, markdown, save_contact_sheet
-from engines.distill.student import write_json
-from engines.distill.verdict import Cost, Measurement, Row, make_report, record_verdict
-from engines.errors import CheckpointError, ConfigError
-from engines.families.spec import family_of
-from engines.families.student import read_student
-from engines.platform import current_platform
+from engines.gate.features import PIXELS, check_features
+from engines.gate.parallel import Unit, measure_units
+from engines.gate.report import contact_sheet, markdown, save_contact_sheet
+from engines.gate.verdict import Cost, Measurement, Row, make_report, record_verdict
 
 SHEET_SEED = 20_000
 NUM_TIMED = 64
@@ -119,18 +119,18 @@ def check_config(config: GateConfig) -> None:
     if config.num_prompts < 10 or config.num_reference < 10 or config.seeds < 1:
         raise ConfigError("gate: at least 1 seed, 10 prompts and 10 reference pictures are needed")
     if config.prompts is not None:
+        if config.domain is not None:
+            raise ConfigError("gate: a domain draws its prompts itself; a file of prompts goes without one")
         check_features(config.features)
         if not config.teacher_steps:
             raise ConfigError("gate: teacher_steps: what else are pictures to be compared with?")
         return
     if config.clip or config.hps or config.features != PIXELS:
-        raise ConfigError(
-            "gate: features, clip and hps go with a file of prompts; the demo's scenes have a judge"
-        )
+        raise ConfigError("gate: features, clip and hps go with a file of prompts; a domain has a judge")
     if config.judge is None or not config.judge.is_file():
         raise CheckpointError(
-            f"{config.judge}: no such file; the judge is made by python -m engines demo-teacher. Models that "
-            "draw something else than the demo's scenes need --prompts FILE"
+            f"{config.judge}: no such file; the demo's judge is made by python -m engines demo-teacher. "
+            "Models that draw something else need --domain, or --prompts FILE"
         )
 
 

@@ -1,7 +1,7 @@
-"""The engine bundle: its manifest, its hashes, its latency table, and what is refused. No torch here.
+"""The manifest of an engine bundle, and what is refused in it. No torch here.
 
 DIR/manifest.json    this module's `Manifest`, written last: a directory without it is not a bundle
-DIR/manifest.sig     who built it, where that matters (`engines.signature`)
+DIR/manifest.sig     who built it, where that matters (`signature`)
 DIR/checkpoint/      the student, a diffusers directory; the only copy of the weights
 DIR/engines/         compiled code (*.pt2) and what it needs besides the weights (*.safetensors)
 DIR/report/          what the quality gate left, for people
@@ -9,58 +9,18 @@ DIR/report/          what the quality gate left, for people
 
 from __future__ import annotations
 
-import hashlib
 import json
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError
 
-from engines.bucket import Bucket
+from engines.bundle.bucket import Bucket
+from engines.bundle.latency import LatencyRow, stage_ms
+from engines.bundle.platform import Device, Platform
+from engines.bundle.stages import Backend, BucketLabel, Model, StageName, StageSpec
 from engines.errors import BundleError
 from engines.files import replacing
-from engines.platform import (
-    Device,
-    Mismatch,
-    Platform,
-    compare_for_plan,
-    compare_platforms,
-    current_platform,
-    list_gpus,
-)
-
-__all__ = [
-    "MANIFEST",
-    "SIGNATURE",
-    "EngineFile",
-    "FileHash",
-    "GateCriterion",
-    "GateVerdict",
-    "LatencyRow",
-    "Manifest",
-    "ParityRow",
-    "Platform",
-    "StageSpec",
-    "TensorSpec",
-    "check_platform",
-    "content_version",
-    "current_platform",
-    "hash_files",
-    "list_gpus",
-    "read_manifest",
-    "verify_files",
-    "write_manifest",
-]
 
 MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
@@ -69,71 +29,14 @@ READABLE_VERSIONS: Final = (1, 2, 3, 4)
 """Version 1 had one part and one output per stage, and images only; version 2 no criteria of the gate;
 version 3 no GPUs."""
 
-Backend = Literal["eager", "aotinductor", "tensorrt"]
-StageName = Literal["text", "denoise", "decode"]
-DType = Literal["float32", "bfloat16", "float16", "int64", "uint8"]
-ComputeDType = Literal["float32", "bfloat16", "float16", "float8"]
-"""`float8`: matrix products of large layers in float8 (`compile/fp8.py`), all else in bfloat16."""
 
-
-def _parse_bucket(value: object) -> Bucket:
-    return value if isinstance(value, Bucket) else Bucket.parse(str(value))
-
-
-BucketLabel = Annotated[
-    Bucket, PlainValidator(_parse_bucket), PlainSerializer(lambda bucket: bucket.label, return_type=str)
-]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TensorSpec(_Model):
-    """One tensor at a stage's boundary."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    """Without the batch dimension, which comes first."""
-    maximum: int | None = None
-    """Largest value of an integer tensor; the smallest is 0."""
-
-
-class StageSpec(_Model):
-    """What one stage takes and gives, and where its weights lie."""
-
-    name: StageName
-    parts: tuple[str, ...] = Field(min_length=1)
-    """Folders under `checkpoint/` that hold the weights."""
-    bucket: BucketLabel | None
-    """None for text, which no bucket changes."""
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    compute_dtype: ComputeDType = "float32"
-    """What compiled code computes in, and on a GPU eager where it serves. The reference is eager in
-    float32."""
-
-    @property
-    def label(self) -> str:
-        """`text`, `denoise-64x64`: for people and file names."""
-        return self.name if self.bucket is None else f"{self.name}-{self.bucket.label}"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_version_1(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            old = {"part": "parts", "output": "outputs"}
-            return {old.get(key, key): (value,) if key in old else value for key, value in data.items()}
-        return data
-
-
-class EngineFile(_Model):
+class EngineFile(Model):
     """One compiled package, or one TensorRT plan."""
 
     stage: StageName
     bucket: BucketLabel | None
-    backend: Literal["aotinductor", "tensorrt"]
+    backend: Backend
+    """A compiled one."""
     min_batch: int
     max_batch: int
     path: str
@@ -156,26 +59,7 @@ class EngineFile(_Model):
     """Where this very file was run and compared with eager; empty: nowhere."""
 
 
-class LatencyRow(_Model):
-    """Median time of one call of one stage."""
-
-    stage: StageName
-    bucket: BucketLabel | None
-    batch: int
-    backend: Backend
-    ms: float
-    graph_ms: float | None = None
-    """The same replayed as a CUDA graph; None where that was not measured or cannot be."""
-    peak_bytes: int | None = None
-    """Memory that the call takes beyond weights and inputs; measured on a GPU, None elsewhere."""
-
-    @property
-    def served_ms(self) -> float:
-        """What a call takes as it is served: by a graph where that is faster."""
-        return self.ms if self.graph_ms is None else min(self.ms, self.graph_ms)
-
-
-class ParityRow(_Model):
+class ParityRow(Model):
     """How far a compiled stage is from the eager one on the same inputs."""
 
     stage: StageName
@@ -187,21 +71,21 @@ class ParityRow(_Model):
     finite: bool
 
 
-class FileHash(_Model):
+class FileHash(Model):
     """A file as it was when the bundle was written."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size_bytes: int = Field(ge=0)
 
 
-class GateCriterion(_Model):
+class GateCriterion(Model):
     """One condition of passing the gate, with the numbers that decided it."""
 
     text: str
     passed: bool
 
 
-class GateVerdict(_Model):
+class GateVerdict(Model):
     """What the quality gate said of this student."""
 
     passed: bool | None
@@ -218,7 +102,7 @@ class GateVerdict(_Model):
         return verdict + (", forced" if self.forced else "")
 
 
-class Manifest(_Model):
+class Manifest(Model):
     """Everything a server must know of a bundle; README.md explains the fields."""
 
     schema_version: Literal[1, 2, 3, 4]
@@ -256,10 +140,10 @@ class Manifest(_Model):
     @property
     def backend(self) -> Backend:
         """The backend that was listed first when this bundle was built; eager if there is no other."""
-        return self.compiled_backends[0] if self.engines else "eager"
+        return self.compiled_backends[0] if self.engines else Backend.EAGER
 
     @property
-    def compiled_backends(self) -> list[Literal["aotinductor", "tensorrt"]]:
+    def compiled_backends(self) -> list[Backend]:
         """Those that it has engines for, in the order in which they are to be tried."""
         return list(dict.fromkeys(engine.backend for engine in self.engines))
 
@@ -277,15 +161,7 @@ class Manifest(_Model):
         Raises:
             ValueError: nothing was measured for this stage, bucket and backend.
         """
-        backend = backend or self.backend
-        points = sorted(
-            (row.batch, row.served_ms)
-            for row in self.latency
-            if (row.stage, row.backend) == (stage, backend) and row.bucket in (None, bucket)
-        )
-        if not points:
-            raise ValueError(f"no latency was measured for {stage} at {bucket.label} with {backend}")
-        return _interpolate(points, batch)
+        return stage_ms(self.latency, stage, bucket, batch, backend or self.backend)
 
     def predict_ms(self, bucket: Bucket, num_steps: int, batch: int, backend: Backend | None = None) -> float:
         """Milliseconds from prompts to pixels of one batch, without packing.
@@ -303,18 +179,6 @@ class Manifest(_Model):
         denoise = self.stage_ms("denoise", bucket, batch, backend)
         decode = self.stage_ms("decode", bucket, batch, backend)
         return text + num_steps * denoise + decode
-
-
-def _interpolate(points: Sequence[tuple[int, float]], batch: int) -> float:
-    """Value at `batch`: on the line between neighbours, beyond the last point in proportion to it."""
-    batches = [point[0] for point in points]
-    right = bisect_left(batches, batch)
-    if right == len(points):
-        return points[-1][1] * batch / points[-1][0]
-    if right == 0 or batches[right] == batch:
-        return points[right][1]
-    (b0, ms0), (b1, ms1) = points[right - 1], points[right]
-    return ms0 + (ms1 - ms0) * (batch - b0) / (b1 - b0)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -375,80 +239,3 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     with replacing(Path(directory) / MANIFEST) as partial:
         partial.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (Path(directory) / SIGNATURE).unlink(missing_ok=True)
-
-
-def hash_file(path: Path) -> FileHash:
-    """Hash one file."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileHash(sha256=digest, size_bytes=path.stat().st_size)
-
-
-def hash_files(directory: Path) -> dict[str, FileHash]:
-    """Hash every file under `directory`, the manifest, its signature and dot-files aside.
-
-    Returns:
-        Hashes by path relative to `directory`, with forward slashes, sorted.
-    """
-    return {name: hash_file(Path(directory) / name) for name in _names(Path(directory))}
-
-
-def _names(directory: Path) -> list[str]:
-    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    names = (path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
-    return sorted(name for name in names if name not in (MANIFEST, SIGNATURE))
-
-
-def content_version(files: Mapping[str, FileHash]) -> str:
-    """Twelve hex digits that change exactly when the checkpoint does.
-
-    Compiled code is left out: it differs from machine to machine, the pictures do not.
-    """
-    lines = [
-        f"{entry.sha256} {name}\n" for name, entry in sorted(files.items()) if name.startswith("checkpoint/")
-    ]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
-
-
-def verify_files(directory: Path, manifest: Manifest | None = None) -> Manifest:
-    """Check every file of a bundle against the manifest, before anything in it is loaded.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        BundleError: a file is missing, changed or was added; `field` is `files.<path>`.
-    """
-    directory = Path(directory)
-    manifest = manifest or read_manifest(directory)
-    present = set(_names(directory))
-    for name, expected in manifest.files.items():
-        if name not in present:
-            raise BundleError(f"files.{name}", "is missing")
-        size_bytes = (directory / name).stat().st_size
-        if size_bytes != expected.size_bytes:
-            raise BundleError(f"files.{name}", f"has {size_bytes} bytes, {expected.size_bytes} expected")
-        if hash_file(directory / name).sha256 != expected.sha256:
-            raise BundleError(f"files.{name}", "its content has changed (sha256 differs)")
-    added = sorted(present - set(manifest.files))
-    if added:
-        raise BundleError(f"files.{added[0]}", "is not part of this bundle")
-    if content_version(manifest.files) != manifest.version:
-        raise BundleError("version", "does not belong to this checkpoint")
-    return manifest
-
-
-def check_platform(
-    manifest: Manifest, platform: Platform | None = None, backend: Backend | None = None
-) -> list[Mismatch]:
-    """What keeps this bundle's compiled code from running here; empty when it fits, or when there is none.
-
-    Args:
-        manifest: of the bundle.
-        platform: by default this machine.
-        backend: whose code; by default that of `manifest.backend`.
-    """
-    if not manifest.engines:
-        return []
-    compare = compare_for_plan if (backend or manifest.backend) == "tensorrt" else compare_platforms
-    return compare(manifest.platform, platform or current_platform(manifest.device))

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.distill.report import SCORES, Spread
-from engines.distill.student import write_json
 from engines.families.checkpoint import read_json
 from engines.families.student import STUDENT, Student
+from engines.files import write_json
+from engines.gate.report import SCORES, Spread
 
 MAX_LOSS_POINTS = 2.0
 """How far the student's accuracy of the first kind of prompts may lie below that of many guided steps."""

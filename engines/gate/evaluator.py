@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,18 +15,18 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engines.distill.captions import read_captions
-from engines.distill.domains import DEMOS, DemoDomain, FileDomain, PromptSet, Reader
-from engines.distill.features import PIXELS, ClipScore, Features, make_features
-from engines.distill.frechet import Reference
-from engines.distill.pictures import Painter
-from engines.distill.student import num_parameters
-from engines.distill.verdict import Measurement, Row
+from engines.captions import read_captions
+from engines.domains import default_domain, load_domain
 from engines.families.spec import family_of
 from engines.families.student import read_student
+from engines.gate.domain import Domain, FileDomain, Judge, PromptSet
+from engines.gate.features import PIXELS, ClipScore, Features, make_features
+from engines.gate.frechet import Reference
+from engines.gate.painter import Painter
+from engines.gate.verdict import Measurement, Row
 
 REFERENCE_SEED = 10_000
 NUM_AXES = 64
@@ -42,9 +43,10 @@ class GateConfig:
 
     Attributes:
         student, teacher: diffusers directories.
-        judge: safetensors of the demo's judge; None with `prompts`.
-        prompts: a file of prompts, for models that are not of a demo; then the teacher's own pictures of most
-            guided steps are what the Fréchet distance compares with.
+        domain: what pictures are of, see `engines.domains`; by default the demo's of the teacher's kind.
+        judge: safetensors of the domain's judge; None with `prompts`.
+        prompts: a file of prompts, for models of no domain; then the teacher's own pictures of most guided
+            steps are what the Fréchet distance compares with.
         features: with `prompts`, the space of the Fréchet distance, see `features.make_features`.
         clip, hps: with `prompts`, directories of a CLIP and of HPSv2 in its format, to score pictures with.
         out: where report.json, report.md and contact_sheet.png go.
@@ -62,6 +64,7 @@ class GateConfig:
 
     student: Path
     teacher: Path
+    domain: str | None = None
     judge: Path | None = None
     prompts: Path | None = None
     features: str = PIXELS
@@ -86,7 +89,7 @@ class GateConfig:
         return max(2, self.num_prompts // 25)
 
 
-def read_accuracy(images: Tensor, prompts: PromptSet, judge: Reader) -> dict[str, float]:
+def read_accuracy(images: Tensor, prompts: PromptSet, judge: Judge) -> dict[str, float]:
     """Percent of (N, ...) uint8 pictures that show all that was asked, per kind of prompt and over "all"."""
     right = [asked.shown_by(seen) for asked, seen in zip(prompts.asked, judge.read(images), strict=True)]
     accuracy = {"all": 100.0 * sum(right) / len(right)}
@@ -141,25 +144,27 @@ class Evaluator:
         self._prompts: PromptSet | None = None
 
     @cached_property
-    def demo(self) -> DemoDomain | None:
-        """The demo whose scenes teacher and student draw; None for models that somebody brought."""
-        return None if self.config.prompts else DEMOS[family_of(self.config.teacher).kind]
+    def rendered(self) -> Domain | None:
+        """The domain whose pictures can be rendered and read; None with a file of prompts."""
+        if self.config.prompts:
+            return None
+        return load_domain(self.config.domain or default_domain(family_of(self.config.teacher).kind))
 
     @cached_property
-    def domain(self) -> DemoDomain | FileDomain:
+    def domain(self) -> Domain | FileDomain:
         """Where prompts come from."""
-        if self.demo is not None:
-            return self.demo
+        if self.rendered is not None:
+            return self.rendered
         assert self.config.prompts is not None
         return FileDomain(tuple(read_captions(self.config.prompts, MAX_CAPTIONS)))
 
     @cached_property
-    def judge(self) -> Reader | None:
-        """Reads the demo's pictures."""
-        if self.demo is None:
+    def judge(self) -> Judge | None:
+        """Reads the domain's pictures."""
+        if self.rendered is None:
             return None
         assert self.config.judge is not None
-        return self.demo.load_judge(self.config.judge)
+        return self.rendered.load_judge(self.config.judge)
 
     @cached_property
     def features(self) -> Features:
@@ -207,8 +212,8 @@ class Evaluator:
             on_batch: told how many pictures there are so far.
         """
         prompts = self.domain.prompts(REFERENCE_SEED, self.config.num_reference)
-        if self.demo is not None:
-            return Reference.fit(self.features(self.demo.render(prompts)), NUM_AXES)
+        if self.rendered is not None:
+            return Reference.fit(self.features(self.rendered.render(prompts)), NUM_AXES)
         row = Row("", "", "teacher", max(self.config.teacher_steps), self.config.guidance_scale)
         folder = self.config.out / "reference" / reference_identity(self.config)
         parts = []
@@ -229,16 +234,16 @@ class Evaluator:
     def paint(self, row: Row, prompts: PromptSet) -> Tensor:
         """Make a row's pictures, (N, H, W, 3) uint8, or clips, (N, F, H, W, 3)."""
         if row.source in ("real", "vae"):
-            assert self.demo is not None
-            pictures = self.demo.render(prompts)
+            assert self.rendered is not None
+            pictures = self.rendered.render(prompts)
             return pictures if row.source == "real" else self._through_vae(pictures)
         return self._sample(row, prompts.captions, noise_seeds(prompts.seed, len(prompts.captions)))
 
     def paint_again(self, row: Row, prompts: PromptSet) -> Tensor:
         """Make several pictures of every prompt, `COPIES` of each in a row, from other noise than `paint`."""
         if row.source in ("real", "vae"):
-            assert self.demo is not None
-            pictures = self.demo.render_again(prompts, COPIES)
+            assert self.rendered is not None
+            pictures = self.rendered.render_again(prompts, COPIES)
             return pictures if row.source == "real" else self._through_vae(pictures)
         captions = [caption for caption in prompts.captions for _ in range(COPIES)]
         return self._sample(row, captions, noise_seeds(prompts.seed, len(captions), start=50_000))
@@ -287,8 +292,12 @@ class Evaluator:
 
     def _attention(self) -> AbstractContextManager[None]:
         # plain matrix products beat the fused attention kernels on the CPU at the demo's few tokens
-        plain = self.demo is not None and self.config.device == "cpu"
+        plain = self.rendered is not None and self.config.domain is None and self.config.device == "cpu"
         return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+def num_parameters(network: nn.Module) -> int:
+    return sum(math.prod(parameter.shape) for parameter in network.parameters())
 
 
 def reference_identity(config: GateConfig) -> str:
@@ -304,7 +313,8 @@ def measure_identity(config: GateConfig) -> list[object]:
     same: list[object] = [PROTOCOL, config.autocast, bucket]
     if config.prompts is None:
         assert config.judge is not None
-        return [*same, hash_files([config.judge])]
+        named = [] if config.domain is None else [config.domain]
+        return [*same, *named, hash_files([config.judge])]
     networks = (Path(config.features), config.clip, config.hps)
     hashes = [directory and hash_files(sorted(directory.glob("*.safetensors"))) for directory in networks]
     return [*same, hash_files([config.prompts]), config.features, *hashes]

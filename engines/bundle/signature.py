@@ -15,7 +15,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engines.bundle import MANIFEST, SIGNATURE, verify_files
+from engines.bundle.integrity import verify_files
+from engines.bundle.manifest import MANIFEST, SIGNATURE
 from engines.errors import BundleError, ConfigError
 from engines.files import atomic_write
 

@@ -9,10 +9,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 
-from engines.distill.evaluator import Evaluator
-from engines.distill.frechet import Reference
-from engines.distill.verdict import Measurement, Row
 from engines.errors import GateError
+from engines.gate.evaluator import Evaluator
+from engines.gate.frechet import Reference
+from engines.gate.verdict import Measurement, Row
 from engines.processes import start_child
 
 Unit = tuple[int, Row]
