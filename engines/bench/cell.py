@@ -122,6 +122,7 @@ def _build(request: Request, bundle: Path) -> float | None:
         num_jobs=1,
         decode_dtype="auto",
         force=True,
+        ungated=True,
         allow_eager=False,
         device=request.device,
         precision=request.precision,

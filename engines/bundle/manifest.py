@@ -89,9 +89,9 @@ class GateVerdict(Model):
     """What the quality gate said of this student."""
 
     passed: bool | None
-    """None: the student never went through the gate."""
+    """None: the student never went through the gate; it was built with --ungated."""
     forced: bool
-    """Built with --force although the gate had failed, or was never asked."""
+    """Built with --force although the gate had failed; in older bundles also one that was never asked."""
     criteria: tuple[GateCriterion, ...] = ()
     """In bundles older than version 3 they are only in `student`."""
 

@@ -46,7 +46,7 @@ def build_bundle(settings: BuildSettings, progress: BuildProgress) -> Manifest:
         ParityError: compiled code does not draw what eager draws.
     """
     check_device(settings)
-    student = check_student(settings.student, force=settings.force)
+    student = check_student(settings.student, force=settings.force, ungated=settings.ungated)
     torch.set_num_threads(settings.num_threads)
     platform = current_platform(settings.device)
     if settings.device == "cuda" and not platform.gpu:

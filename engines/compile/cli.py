@@ -71,7 +71,10 @@ def add_build_parser(commands: Commands) -> None:
     )
     _add_compiling(parser)
     parser.add_argument(
-        "--force", action="store_true", help="build a student that failed its gate or never had one; recorded"
+        "--force", action="store_true", help="build a student that failed its gate; the manifest says so"
+    )
+    parser.add_argument(
+        "--ungated", action="store_true", help="build a student that no gate measured; the manifest says so"
     )
     parser.add_argument(
         "--if-needed",
@@ -193,6 +196,7 @@ def _build(args: argparse.Namespace, console: Console) -> None:
         num_jobs=args.jobs or (1 if args.device == "cuda" else available_cores()),
         decode_dtype=args.decode_dtype,
         force=args.force,
+        ungated=args.ungated,
         allow_eager=args.if_needed,
         device=args.device,
         precision=args.precision,

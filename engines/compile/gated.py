@@ -9,19 +9,20 @@ from engines.errors import CheckpointError
 from engines.families.student import STUDENT, Student, read_student
 
 
-def check_student(directory: Path, *, force: bool) -> Student:
+def check_student(directory: Path, *, force: bool, ungated: bool) -> Student:
     """Read a student and refuse one that should not be served.
 
     Raises:
-        CheckpointError: it is no student; or it failed its gate or was never gated, and `force` is off.
+        CheckpointError: it is no student; or it failed its gate and `force` is off; or it was never gated and
+            `ungated` is off.
     """
     student = read_student(directory)
-    if student.gate_passed or force:
+    if student.gate_passed or (ungated if student.gate_passed is None else force):
         return student
     if student.gate_passed is None:
         raise CheckpointError(
             f"{STUDENT}: field gate: this student never went through the quality gate; engines gate "
-            f"{directory} measures it, --force builds it anyway, and the manifest will say so"
+            f"{directory} measures it, --ungated builds it anyway, and the manifest will say so"
         )
     failed = [criterion.text for criterion in gate_verdict(student).criteria if not criterion.passed]
     raise CheckpointError(
@@ -31,11 +32,13 @@ def check_student(directory: Path, *, force: bool) -> Student:
 
 
 def gate_verdict(student: Student) -> GateVerdict:
-    """What a manifest says of a student's gate; whoever builds one that did not pass has used --force."""
+    """What a manifest says of a student's gate; one that failed was built with --force, one without a
+    verdict with --ungated.
+    """
     criteria = student.gate.get("criteria", []) if student.gate else []
     return GateVerdict(
         passed=student.gate_passed,
-        forced=not student.gate_passed,
+        forced=student.gate_passed is False,
         criteria=tuple(
             GateCriterion(text=str(one.get("text", "")), passed=bool(one.get("passed", False)))
             for one in criteria

@@ -37,7 +37,8 @@ class BuildSettings:
             beside those for all sizes; sorted, and among `batch_sizes`.
         optimization_level: of TensorRT's builder, 0 to 5: how many kernels it tries.
         workspace_bytes: scratch memory that TensorRT may choose a kernel by; None: all there is.
-        force: build a student that did not pass its gate; the manifest says so.
+        force: build a student that failed its gate; the manifest says so.
+        ungated: build a student that never went through a gate; the manifest says so.
         allow_eager: when compilation or parity fails, build a bundle without compiled code instead.
     """
 
@@ -50,6 +51,7 @@ class BuildSettings:
     num_jobs: int
     decode_dtype: Literal["auto", "float32", "bfloat16"]
     force: bool
+    ungated: bool = False
     allow_eager: bool
     device: Device = "cpu"
     precision: Precision | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engines.bundle.bucket import Bucket
 from engines.denoiser import NetworkDenoiser
+from engines.errors import CheckpointError
 from engines.families.codec import Codec
 from engines.families.scheduler import load_schedule
 from engines.families.spec import FamilySpec, family_of
@@ -62,6 +63,19 @@ class Painter:
         self.encode = family.load_encoder(directory, max_tokens=max_tokens, device=device)
         self.codec = Codec(directory, device)
 
+    def grid(self, num_steps: int) -> list[int]:
+        """The timesteps that are visited: those that a student records, evenly spaced ones for a teacher.
+
+        Raises:
+            CheckpointError: a student records none for so many steps.
+        """
+        if not self.visited:
+            return student_timesteps(num_steps, self.denoiser.schedule.num_timesteps)
+        if num_steps not in self.visited:
+            known = ", ".join(map(str, sorted(self.visited)))
+            raise CheckpointError(f"{STUDENT}: field timesteps.{num_steps}: there are none, only for {known}")
+        return self.visited[num_steps]
+
     @torch.no_grad()
     def __call__(
         self, captions: list[str], seeds: Sequence[int], *, num_steps: int, guidance_scale: float = 1.0
@@ -75,9 +89,7 @@ class Painter:
         Returns:
             (N, H, W, 3) uint8 images or (N, F, H, W, 3) uint8 videos.
         """
-        timesteps = self.visited.get(num_steps) or student_timesteps(
-            num_steps, self.denoiser.schedule.num_timesteps
-        )
+        timesteps = self.grid(num_steps)
         uncond, drawn = self.encode.unconditional(), []
         for start in range(0, len(captions), self.batch):
             rows = slice(start, start + self.batch)

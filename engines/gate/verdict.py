@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,11 @@ from engines.files import write_json
 from engines.gate.report import SCORES, Spread
 
 MAX_LOSS_POINTS = 2.0
-"""How far the student's accuracy of the first kind of prompts may lie below that of many guided steps."""
+"""How far the student's accuracy may lie below that of the teacher's guided steps."""
+MAX_RENDERS_POINTS = 1.0
+"""How much farther from real renders it may be than they are."""
+STUDENT_T = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
+"""95 % quantiles of Student's t for 2 seeds and more."""
 MAX_FRECHET_POINTS = 5.0
 """Without a judge: how much farther from the teacher's pictures than other such pictures."""
 MAX_SCORE_POINTS = 0.5
@@ -88,6 +93,7 @@ class Summary:
     accuracy: dict[str, Spread]
     frechet: Spread
     scores: dict[str, Spread]
+    measurements: tuple[Measurement, ...]
 
     @classmethod
     def of(cls, row: Row, measurements: Sequence[Measurement]) -> Summary:
@@ -99,7 +105,51 @@ class Summary:
             },
             Spread.of([one.frechet for one in measurements]),
             {name: Spread.of([one.scores[name] for one in measurements]) for name in measurements[0].scores},
+            tuple(measurements),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much more one row has than another over the same prompts and noise.
+
+    Attributes:
+        mean: over seeds.
+        error: its standard error; None with one seed.
+        num_seeds: how many there were.
+    """
+
+    mean: float
+    error: float | None
+    num_seeds: int
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+        """Pair the seeds."""
+        each = [a - b for a, b in zip(ours, theirs, strict=True)]
+        error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
+        return cls(statistics.fmean(each), error, len(each))
+
+    @property
+    def lowest(self) -> float:
+        """Below it the true difference lies in 1 of 20 cases; -inf with one seed, which says nothing."""
+        return self.mean - self._reach
+
+    @property
+    def highest(self) -> float:
+        """As `lowest`, above."""
+        return self.mean + self._reach
+
+    @property
+    def _reach(self) -> float:
+        if self.error is None:
+            return math.inf
+        return STUDENT_T[min(self.num_seeds, len(STUDENT_T) + 1) - 2] * self.error
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"{self.mean:+.2f}, of one seed"
+        return f"{self.mean:+.2f} (90 % interval {self.lowest:+.2f} to {self.highest:+.2f})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,50 +160,100 @@ class Criterion:
     passed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows that decide.
+
+    Attributes:
+        student: at its default number of steps.
+        models: the teacher's guided rows that it is held to: of most steps, and of as many as its own.
+        rivals: the teacher's rows of as many evaluations, which it must beat.
+    """
+
+    student: Summary
+    models: tuple[Summary, ...]
+    rivals: tuple[Summary, ...]
+
+
+def _decisive(summaries: Mapping[str, Summary], num_steps: int, teacher_steps: int) -> _Rows | Criterion:
+    models = dict.fromkeys([f"teacher-{teacher_steps}-cfg", f"teacher-{num_steps}-cfg"])
+    rivals = [f"teacher-{num_steps}"] + ([f"teacher-{num_steps // 2}-cfg"] if num_steps % 2 == 0 else [])
+    missing = [key for key in [f"student-{num_steps}", *models, *rivals] if key not in summaries]
+    if missing:
+        return Criterion(f"student, {num_steps} steps, not measured: {', '.join(missing)}", passed=False)
+    return _Rows(
+        summaries[f"student-{num_steps}"],
+        tuple(summaries[key] for key in models),
+        tuple(summaries[key] for key in rivals),
+    )
+
+
+def _frechet(ours: Summary, theirs: Summary) -> tuple[str, Difference]:
+    """The numbers in words, and the difference."""
+    difference = Difference.of(
+        [one.frechet for one in ours.measurements], [one.frechet for one in theirs.measurements]
+    )
+    return f"{ours.frechet.mean:.2f} against {theirs.frechet.mean:.2f} %, difference {difference}", difference
+
+
+def _accuracy(ours: Summary, theirs: Summary, group: str) -> tuple[str, Difference]:
+    difference = Difference.of(
+        [one.accuracy[group] for one in ours.measurements],
+        [one.accuracy[group] for one in theirs.measurements],
+    )
+    means = f"{ours.accuracy[group].mean:.1f} against {theirs.accuracy[group].mean:.1f} %"
+    return f"{means}, difference {difference}", difference
+
+
+def _score(ours: Summary, theirs: Summary, name: str) -> tuple[str, Difference]:
+    difference = Difference.of(
+        [one.scores[name] for one in ours.measurements], [one.scores[name] for one in theirs.measurements]
+    )
+    means = f"{ours.scores[name].mean:.2f} against {theirs.scores[name].mean:.2f}"
+    return f"{means}, difference {difference}", difference
+
+
 def check_own(summaries: Mapping[str, Summary], num_steps: int, teacher_steps: int) -> list[Criterion]:
     """Compare the student of a model that somebody brought, at `num_steps`, with its teacher.
 
     Its distance to the teacher's pictures of `teacher_steps` guided steps may be at most `MAX_FRECHET_POINTS`
-    larger than that of other such pictures, which sampling alone causes; its scores may be at most
-    `MAX_SCORE_POINTS` lower; and it has to be closer than the teacher at the same number of evaluations.
+    larger than that of other such pictures, which sampling alone causes, and than that of the teacher's of as
+    many guided steps as its own; its scores may be at most `MAX_SCORE_POINTS` lower than theirs; and it has
+    to be closer than the teacher at the same number of evaluations. What decides is the end of an interval,
+    see `Difference`.
 
     Returns:
         As `check`.
     """
-    name, needed = f"student, {num_steps} steps,", _needed(num_steps, teacher_steps)
-    missing = [key for key in needed if key not in summaries]
-    if missing:
-        return [Criterion(f"{name} not measured: {', '.join(missing)}", passed=False)]
-    student, best, *rivals = (summaries[key] for key in needed)
-    ours, theirs = student.frechet, best.frechet
-    criteria = [
-        Criterion(
-            f"{name} is at most {MAX_FRECHET_POINTS:g} points of Fréchet distance farther from pictures of "
-            f"{best.row.label}, than others of them are: {ours.mean:.2f} against {theirs.mean:.2f} %",
-            ours.mean <= theirs.mean + MAX_FRECHET_POINTS,
-        )
-    ]
-    for score in student.scores:
-        ours, theirs = student.scores[score], best.scores[score]
+    rows = _decisive(summaries, num_steps, teacher_steps)
+    if isinstance(rows, Criterion):
+        return [rows]
+    student, name = rows.student, f"student, {num_steps} steps,"
+    best = rows.models[0].row.label
+    criteria = []
+    for model in rows.models:
+        numbers, apart = _frechet(student, model)
         criteria.append(
             Criterion(
-                f"{name} loses at most {MAX_SCORE_POINTS:g} points of {SCORES[score]} to {best.row.label}: "
-                f"{ours.mean:.2f} against {theirs.mean:.2f}",
-                ours.mean >= theirs.mean - MAX_SCORE_POINTS,
+                f"{name} is at most {MAX_FRECHET_POINTS:g} points of Fréchet distance farther from pictures "
+                f"of {best}, than others of {model.row.label} are: {numbers}",
+                apart.highest <= MAX_FRECHET_POINTS,
             )
         )
-    for rival in rivals:
-        ours, theirs = student.frechet, rival.frechet
-        numbers = f"{ours.mean:.2f} against {theirs.mean:.2f} %"
+        for score in student.scores:
+            numbers, apart = _score(student, model, score)
+            criteria.append(
+                Criterion(
+                    f"{name} loses at most {MAX_SCORE_POINTS:g} points of {SCORES[score]} to "
+                    f"{model.row.label}: {numbers}",
+                    apart.lowest >= -MAX_SCORE_POINTS,
+                )
+            )
+    for rival in rows.rivals:
+        numbers, apart = _frechet(student, rival)
         text = f"{name} is closer to them than {rival.row.label}: Fréchet distance {numbers}"
-        criteria.append(Criterion(text, ours.mean < theirs.mean))
+        criteria.append(Criterion(text, apart.highest < 0.0))
     return criteria
-
-
-def _needed(num_steps: int, teacher_steps: int) -> list[str]:
-    """Rows that decide: the student, the teacher's best, and the teacher at as many evaluations."""
-    rivals = [f"teacher-{num_steps}"] + ([f"teacher-{num_steps // 2}-cfg"] if num_steps % 2 == 0 else [])
-    return [f"student-{num_steps}", f"teacher-{teacher_steps}-cfg", *rivals]
 
 
 def check(
@@ -161,41 +261,39 @@ def check(
 ) -> list[Criterion]:
     """Compare the student at `num_steps` with its teacher.
 
-    It may lose at most `MAX_LOSS_POINTS` of the accuracy of the first kind of prompts to the teacher's
-    `teacher_steps` guided steps, and it has to beat the teacher at the same number of evaluations: as many
-    steps without guidance, and, for an even number, half as many with it, in accuracy over all prompts and in
-    Fréchet distance.
+    It may lose at most `MAX_LOSS_POINTS` of accuracy, of the first kind of prompts and over all, and
+    `MAX_RENDERS_POINTS` of Fréchet distance, to the teacher's `teacher_steps` guided steps and to the
+    teacher's `num_steps` guided steps; and it has to beat the teacher at the same number of evaluations: as
+    many steps without guidance, and, for an even number, half as many with it, in accuracy over all prompts
+    and in Fréchet distance. What decides is the end of an interval, see `Difference`.
 
     Args:
         group: the first kind of prompts, and what it is called.
     Returns:
         Criteria with the numbers that decided them; one that needs a row which was not measured fails.
     """
-    name = f"student, {num_steps} steps,"
-    needed = _needed(num_steps, teacher_steps)
-    missing = [key for key in needed if key not in summaries]
-    if missing:
-        return [Criterion(f"{name} not measured: {', '.join(missing)}", passed=False)]
-    student, best = summaries[needed[0]], summaries[needed[1]]
-    key, called = group
-    ours, theirs = student.accuracy[key].mean, best.accuracy[key].mean
-    criteria = [
-        Criterion(
-            f"{name} loses at most {MAX_LOSS_POINTS:g} points of accuracy ({called}) to {best.row.label}: "
-            f"{ours:.1f} against {theirs:.1f} %",
-            ours >= theirs - MAX_LOSS_POINTS,
-        )
-    ]
-    for rival in (summaries[key] for key in needed[2:]):
-        ours, theirs = student.accuracy["all"].mean, rival.accuracy["all"].mean
-        numbers = f"{ours:.1f} against {theirs:.1f} %"
+    rows = _decisive(summaries, num_steps, teacher_steps)
+    if isinstance(rows, Criterion):
+        return [rows]
+    student, name = rows.student, f"student, {num_steps} steps,"
+    criteria = []
+    for model in rows.models:
+        for key, called in (group, ("all", "all prompts")):
+            numbers, more = _accuracy(student, model, key)
+            text = f"{name} loses at most {MAX_LOSS_POINTS:g} points of accuracy ({called}) to "
+            text += f"{model.row.label}: {numbers}"
+            criteria.append(Criterion(text, more.lowest >= -MAX_LOSS_POINTS))
+        numbers, apart = _frechet(student, model)
+        text = f"{name} is at most {MAX_RENDERS_POINTS:.1f} points of Fréchet distance farther from real "
+        text += f"renders than {model.row.label}: {numbers}"
+        criteria.append(Criterion(text, apart.highest <= MAX_RENDERS_POINTS))
+    for rival in rows.rivals:
+        numbers, more = _accuracy(student, rival, "all")
         text = f"{name} is read right more often than {rival.row.label}: {numbers} of all prompts"
-        criteria.append(Criterion(text, ours > theirs))
-        ours, theirs = student.frechet.mean, rival.frechet.mean
-        numbers = f"Fréchet distance {ours:.2f} against {theirs:.2f} %"
-        criteria.append(
-            Criterion(f"{name} is closer to real renders than {rival.row.label}: {numbers}", ours < theirs)
-        )
+        criteria.append(Criterion(text, more.lowest > 0.0))
+        numbers, apart = _frechet(student, rival)
+        text = f"{name} is closer to real renders than {rival.row.label}: Fréchet distance {numbers}"
+        criteria.append(Criterion(text, passed=apart.highest < 0.0))
     return criteria
 
 
@@ -276,24 +374,17 @@ def difference(
 
     A standard error is None with one seed.
     """
-    values = {"frechet": [a.frechet - b.frechet for a, b in zip(ours, theirs, strict=True)]}
+    values = {"frechet": ([a.frechet for a in ours], [b.frechet for b in theirs])}
     if "all" in ours[0].accuracy:
-        values["accuracy"] = [
-            a.accuracy["all"] - b.accuracy["all"] for a, b in zip(ours, theirs, strict=True)
-        ]
+        values["accuracy"] = ([a.accuracy["all"] for a in ours], [b.accuracy["all"] for b in theirs])
     for name in ours[0].scores:
-        values[name] = [a.scores[name] - b.scores[name] for a, b in zip(ours, theirs, strict=True)]
+        values[name] = ([a.scores[name] for a in ours], [b.scores[name] for b in theirs])
+    found = {name: Difference.of(*each) for name, each in values.items()}
     return {
         "key": row.key,
         "label": row.label,
         "against": best,
-        **{
-            name: {
-                "mean": statistics.fmean(each),
-                "standard_error": statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None,
-            }
-            for name, each in values.items()
-        },
+        **{name: {"mean": one.mean, "standard_error": one.error} for name, one in found.items()},
     }
 
 

@@ -304,7 +304,7 @@ class ModelView(BaseModel):
     kind: Literal["image", "video"]
     version: str = Field(description="Content hash of the bundle.")
     gate: str = Field(
-        description="What the quality gate said of it: `passed`, `failed, forced` or `never gated, forced`."
+        description="What the quality gate said of it: `passed`, `failed, forced` or `never gated`."
     )
     sizes: list[str]
     seconds: list[str] = Field(description="Lengths of its videos; empty for images.")

@@ -257,7 +257,7 @@ def test_released_lora_becomes_a_student_that_builds_and_says_where_it_comes_fro
 
     build = ["build", str(out), "--out", str(tmp_path / "bundle"), "--backends", "eager", "--batches", "1"]
     assert main(build) == 2  # it never went through a gate
-    assert main([*build, "--force"]) == 0
+    assert main([*build, "--ungated"]) == 0
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["student"]["source"] == source
     assert manifest["timesteps"]["4"] == [999, 856, 665, 399]

@@ -259,10 +259,10 @@ FAILED = {
     [
         (FAILED, r"field gate\.passed.*: right 3 of 9\. --force", "failed, forced"),
         ({"passed": False}, r"field gate\.passed.*refused this student\. --force", "failed, forced"),
-        (None, r"field gate: .*never went through.*engines gate .*student.*--force", "never gated, forced"),
+        (None, r"field gate: .*never went through.*engines gate .*student.*--ungated", "never gated"),
     ],
 )
-def test_student_that_did_not_pass_its_gate_needs_force_which_the_bundle_tells(
+def test_student_that_did_not_pass_its_gate_is_built_when_asked_for_which_the_bundle_tells(
     gate: dict[str, Any] | None,
     message: str,
     summary: str,
@@ -273,8 +273,10 @@ def test_student_that_did_not_pass_its_gate_needs_force_which_the_bundle_tells(
     with pytest.raises(CheckpointError, match=message):
         build(settings)
     assert not (tmp_path / "bundle").exists()
-    verdict = read_manifest(build(replace(settings, force=True))).gate
-    assert verdict.forced
+    with pytest.raises(CheckpointError, match=message):  # the one does not stand for the other
+        build(replace(settings, force=gate is None, ungated=gate is not None))
+    verdict = read_manifest(build(replace(settings, force=gate is not None, ungated=gate is None))).gate
+    assert verdict.forced == (gate is not None)
     assert verdict.summary == summary
     assert [criterion.text for criterion in verdict.criteria] == [
         criterion["text"] for criterion in (gate or {}).get("criteria", [])

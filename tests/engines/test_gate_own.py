@@ -209,6 +209,7 @@ def summaries(**points: tuple[float, float]) -> dict[str, Summary]:
 
 GOOD = {
     "teacher_50_cfg": (1.0, 30.0),
+    "teacher_4_cfg": (2.0, 29.8),
     "teacher_4": (20.0, 25.0),
     "teacher_2_cfg": (15.0, 26.0),
     "student_4": (5.5, 29.6),
@@ -221,14 +222,21 @@ GOOD = {
         ((5.5, 29.6), []),
         ((6.5, 29.6), ["at most 5 points of Fréchet distance"]),
         ((5.5, 29.4), ["at most 0.5 points of CLIP score"]),
-        ((16.0, 31.0), ["at most 5 points", "closer to them than teacher_2_cfg"]),
+        (
+            (6.5, 29.2),
+            ["at most 5 points", "points of CLIP score to teacher_50", "of CLIP score to teacher_4_cfg"],
+        ),
+        (
+            (16.0, 31.0),
+            ["of teacher_50_cfg are", "of teacher_4_cfg are", "closer to them than teacher_2_cfg"],
+        ),
     ],
 )
 def test_student_has_to_stay_near_its_teacher_and_ahead_of_as_many_evaluations(
     student: tuple[float, float], failing: list[str]
 ) -> None:
     criteria = check_own(summaries(**{**GOOD, "student_4": student}), 4, 50)
-    assert len(criteria) == 4
+    assert len(criteria) == 6
     failed = [criterion.text for criterion in criteria if not criterion.passed]
     assert len(failed) == len(failing)
     assert all(part in text for part, text in zip(failing, failed, strict=True))
