@@ -65,7 +65,8 @@ class JobErrorCode(StrEnum):
 
     DEADLINE: it passed. POISON: each worker that started it died. STORAGE: the result store did not answer.
     OUT_OF_MEMORY: one sample does not fit. GENERATION_FAILED: the engine failed on it. INVALID_REQUEST: its
-    record cannot be read. INTERNAL: the finished samples could not be packed.
+    record cannot be read. NOT_SERVED: no bundle that generates such samples is served any longer.
+    INTERNAL: the finished samples could not be packed.
     """
 
     CANCELLED = "cancelled"
@@ -75,6 +76,7 @@ class JobErrorCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     GENERATION_FAILED = "generation_failed"
     INVALID_REQUEST = "invalid_request"
+    NOT_SERVED = "not_served"
     INTERNAL = "internal"
 
 

@@ -241,6 +241,15 @@ class JobPoisonedError(JobFailedError):
     code = "poison"
 
 
+class NoLongerServedError(ApiError):
+    """Before the job started, the model was replaced by one that does not draw this size or these steps."""
+
+    status = 410
+    code = "not_served"
+    type = "invalid_request_error"
+    retry = False
+
+
 class DeadlineExceededError(ApiError):
     """The job did not start before its deadline, or the client's wait ended before the job did."""
 

@@ -10,6 +10,7 @@ from server.api.errors import (
     JobCancelledError,
     JobFailedError,
     JobPoisonedError,
+    NoLongerServedError,
     StoreUnavailableError,
 )
 from server.api.schemas import GenerationsResponse, ImageData, ImageJob, JobErrorView, Status, VideoJob
@@ -37,6 +38,7 @@ STAGES = {
 FAILURES: dict[str, type[ApiError]] = {
     JobErrorCode.DEADLINE: DeadlineExceededError,
     JobErrorCode.POISON: JobPoisonedError,
+    JobErrorCode.NOT_SERVED: NoLongerServedError,
     JobErrorCode.STORAGE: StoreUnavailableError,
 }
 """Codes of `JobError` that have a class of their own here; the rest are `generation_failed`."""

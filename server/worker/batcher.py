@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from engines.bucket import Bucket
-from server.job import Job, JobError, JobErrorCode
+from server.job import GenerationRequest, Job, JobError, JobErrorCode
 from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError
 from server.queue.records import UnreadableJobError
@@ -46,6 +46,7 @@ class Batcher:
         lease_s: float,
         stopping: threading.Event,
         settle: Callable[[], None],
+        unserved: Callable[[GenerationRequest], str | None] = lambda _: None,
         clock: Callable[[], int],
     ) -> None:
         """Leases nothing before `next_batch`.
@@ -59,6 +60,7 @@ class Batcher:
             lease_s: age at which other workers' leases are taken over.
             stopping: set when no further jobs are to be started.
             settle: returns once every job that was drawn has ended.
+            unserved: why the bundle does not generate what is asked for, in words; None if it does.
             clock: unix ms.
         """
         self._queue = queue
@@ -69,6 +71,7 @@ class Batcher:
         self._lease_s = lease_s
         self._stopping = stopping
         self._settle = settle
+        self._unserved = unserved
         self._clock = clock
         self._unseen: list[Lease] = []
         self._held: dict[str, LeasedJob] = {}
@@ -249,6 +252,9 @@ class Batcher:
             if isinstance(job, UnreadableJobError):
                 self._drop(lease, str(job))
                 continue
+            if why := self._unserved(job.request):  # accepted for a bundle that has no worker left
+                self._drop(lease, why, JobErrorCode.NOT_SERVED)
+                continue
             num_samples = job.request.num_samples
             self._held[job.id] = LeasedJob(lease=lease, job=job, leased_ms=self._clock())
             self._arrivals.observe(job.created_ms, num_samples)
@@ -257,8 +263,8 @@ class Batcher:
         unstarted = sum(not leased.started for leased in self._held.values())
         self._backlog = int(max(0, waiting - unstarted) * self._rows_per_job)
 
-    def _drop(self, lease: Lease, why: str) -> None:
+    def _drop(self, lease: Lease, why: str, code: JobErrorCode = JobErrorCode.INVALID_REQUEST) -> None:
         """Get rid of a lease without an engine: unknown jobs are dropped, the others fail."""
         log.error("job dropped: %s", why, extra={"job_id": lease.job_id})
-        self._queue.refuse(lease, JobError(code=JobErrorCode.INVALID_REQUEST, message=why))
+        self._queue.refuse(lease, JobError(code=code, message=why))
         self._heartbeat.release([lease])

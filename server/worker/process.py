@@ -23,7 +23,7 @@ from engines.errors import EngineError
 from engines.runtime.pipeline import Pipeline
 from engines.signature import read_key
 from server.cost import batch_cost
-from server.job import UNMEASURED_MS, JobKind
+from server.job import UNMEASURED_MS, GenerationRequest, JobKind
 from server.metrics import Metrics, start_metrics_server
 from server.queue.clock import system_now_ms
 from server.queue.errors import QueueError
@@ -147,6 +147,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         lease_s=settings.lease_s,
         stopping=stopping,
         settle=finisher.settle,
+        unserved=lambda request: _unserved(manifest, request),
         clock=queue.clock,
     )
     worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, clock=queue.clock)
@@ -225,6 +226,15 @@ def _cost_model(manifest: Manifest, backend: str) -> CostModel:
         return 1.0 if cost is None else cost(batch)
 
     return cost_ms
+
+
+def _unserved(manifest: Manifest, request: GenerationRequest) -> str | None:
+    """Why a bundle does not generate what is asked for, in words; None if it does."""
+    if request.bucket not in manifest.buckets:
+        return f"{manifest.name} no longer draws {request.bucket.size}, {request.bucket.frames} frames"
+    if request.num_steps not in manifest.num_steps:
+        return f"{manifest.name} no longer draws in {request.num_steps} steps"
+    return None
 
 
 def _slowest_ms(manifest: Manifest, backend: str) -> float:

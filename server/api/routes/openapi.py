@@ -23,6 +23,7 @@ from server.api.errors import (
     JobPoisonedError,
     MissingParameterError,
     ModelNotFoundError,
+    NoLongerServedError,
     NoWorkerError,
     OverloadedError,
     PromptTooLongError,
@@ -74,6 +75,7 @@ CONTENT_ERRORS: tuple[type[ApiError], ...] = (
     InvalidRequestError,
     JobFailedError,
     JobPoisonedError,
+    NoLongerServedError,
     JobCancelledError,
     DeadlineExceededError,
 )
