@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from engines.bundle.integrity import content_version, hash_files
-from engines.bundle.manifest import read_manifest, write_manifest
+from engines.bundle.manifest import content_version, hash_files, read_manifest, write_manifest
 from server.queue.routes import Route, Routes
 from server.supervisor.swap import Served, look, promote, roll_back, share
 from tests.failures.deployment import MODEL, Deployment
@@ -28,17 +26,6 @@ def newer(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (copy / "checkpoint" / "NOTE.txt").write_text("trained a little longer")
     files = hash_files(copy)
     changes = {"files": files, "version": content_version(files)}
-    write_manifest(copy, read_manifest(copy).model_copy(update=changes))
-    return copy
-
-
-@pytest.fixture(scope="session")
-def fewer(newer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Yet another version, whose student draws in one step and in no other number of them."""
-    copy = shutil.copytree(newer, tmp_path_factory.mktemp("fewer") / "bundle")
-    (copy / "checkpoint" / "NOTE.txt").write_text("trained for one step")
-    files = hash_files(copy)
-    changes = {"files": files, "version": content_version(files), "num_steps": [1], "default_num_steps": 1}
     write_manifest(copy, read_manifest(copy).model_copy(update=changes))
     return copy
 
@@ -100,39 +87,3 @@ def test_version_on_trial_that_kills_its_workers_costs_no_job(
     assert {answer["version"] for answer in answers} == {old}
     assert max(deployment.attempts(job) for job in jobs) == 2
     routes.close()
-
-
-def test_rolling_change_to_a_student_with_fewer_steps_fails_nothing_while_old_workers_live(
-    deployment: Deployment, bundle: Path, fewer: Path
-) -> None:
-    old, new = read_manifest(bundle).version, read_manifest(fewer).version
-    api = deployment.api()
-    before, after = deployment.worker("before"), deployment.worker("after", bundles=fewer)
-    deployment.started(before.brake())
-    asked = [api.accept(f"{i}", steps=1 + 3 * (i % 2)) for i in range(12)]
-    poll(lambda: before.batches)
-    deployment.started(after)
-    poll(lambda: api.metric("version_workers", version=new) == 1)
-    asked += [api.accept(f"{i}", steps=1) for i in range(12, 16)]
-    refused = api.post("16", steps=4)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "steps_not_served")
-    before.release()
-    answers = [api.ended(job) for job in asked]
-    assert {answer["status"] for answer in answers} == {"completed"}
-    assert {answer["version"] for answer in answers if answer["steps"] == 4} == {old}
-
-    # What is still in the queue when the last old worker is told to stop is answered at once, and truly.
-    after.send(signal.SIGTERM)
-    after.join()
-    before.brake()
-    poll(lambda: api.metric("version_workers", version=new) == 0)
-    asked = [api.accept(f"{i}", steps=4) for i in range(20, 30)]
-    poll(lambda: len(before.batches) and api.look(asked[0])["status"] == "in_progress")
-    deployment.started(after)
-    before.send(signal.SIGTERM)
-    before.release()
-    answers = [api.ended(job) for job in asked]
-    failed = [answer for answer in answers if answer["status"] == "failed"]
-    assert failed
-    assert {answer["error"]["code"] for answer in failed} == {"not_served"}
-    assert {answer["version"] for answer in answers if answer not in failed} == {old}

@@ -15,7 +15,7 @@ import pytest
 
 from engines.bundle.signature import read_key, sign_bundle
 from engines.errors import BundleError
-from server.job import Job, JobStatus
+from server.job import Job, JobError, JobStatus
 from server.metrics import Metrics
 from server.queue.clock import system_now_ms
 from server.queue.errors import QueueError
@@ -175,6 +175,35 @@ async def test_jobs_whose_lease_was_taken_just_before_redis_failed_are_drawn(
     assert batch is not None
     assert [row.leased_job.job.id for row in batch] == [job.id for job in jobs]
     assert worker_queue.lost == 1
+    batcher.close()
+    worker_queue.close()
+
+
+async def test_job_that_the_bundle_does_not_draw_ends_as_such_and_its_neighbour_is_drawn(
+    queue: JobQueue, url: str
+) -> None:
+    left, fine = job_of("left over"), job_of("fine")
+    await enqueue(queue, left, fine)
+    worker_queue = WorkerQueue(url, model=MODEL, version=VERSION, consumer="w")
+    worker_queue.beat(worker_info("w"), "{}")
+    batcher = Batcher(
+        worker_queue,
+        Heartbeat(worker_queue, worker_info("w"), "{}", Metrics(), lease_s=60, stall_s=600),
+        Metrics(),
+        max_batch=4,
+        cost_ms=lambda *_: 10.0,
+        lease_s=60,
+        stopping=threading.Event(),
+        settle=lambda: None,
+        unserved=lambda request: "no longer drawn" if request.prompt == "left over" else None,
+        clock=system_now_ms,
+    )
+    batch = batcher.next_batch()
+    assert batch is not None
+    assert [row.leased_job.job.id for row in batch] == [fine.id]
+    ended = await queue.get(left.id)
+    assert ended is not None
+    assert ended.error == JobError(code="not_served", message="no longer drawn")
     batcher.close()
     worker_queue.close()
 
