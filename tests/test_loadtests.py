@@ -29,6 +29,7 @@ NOT_IN_SMOKE = {
     "result_not_ready": "a race with the worker",
     "result_expired": "needs a day, or a hand in the store",
     "cancelled": "a race with the worker",
+    "not_served": "needs a bundle that is taken away",
 }
 
 

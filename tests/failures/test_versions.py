@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle.manifest import content_version, hash_files, read_manifest, write_manifest
+from engines.bundle.integrity import content_version, hash_files
+from engines.bundle.manifest import read_manifest, write_manifest
 from server.queue.routes import Route, Routes
 from server.supervisor.swap import Served, look, promote, roll_back, share
 from tests.failures.deployment import MODEL, Deployment

@@ -264,15 +264,15 @@ async def test_lease_on_an_entry_that_was_deleted_is_named(
 async def test_job_that_no_worker_will_be_given_is_stuck(
     look: Look, queue: JobQueue, new: NewJob, make_worker: MakeWorker, client: redis.Redis, how: str
 ) -> None:
-    worker = make_worker("w1", max_batch=1)
+    worker = make_worker("w1", max_batch=2)  # two are dealt, one waits
     jobs = [new(tenant="t1") for _ in range(3)]
     for job in jobs:
         await queue.enqueue(job)
     if how == "list":
         client.lpop(f"{PREFIX}:t:normal:t1")
-        client.delete(f"{PREFIX}:ring:normal")
+        client.delete(f"{PREFIX}:turns:normal")
     elif how == "ring":
-        client.delete(f"{PREFIX}:ring:normal")
+        client.delete(f"{PREFIX}:turns:normal")
     else:
         lease = worker.read(2)[1]
         if how == "entry":

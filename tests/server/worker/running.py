@@ -31,6 +31,8 @@ from tests.server.conftest import (
 
 MODEL = "tiny"
 MAX_BATCH = 4
+ROW_MS = 10.0
+"""What each stage takes, whatever the batch: text, four steps and decode are six of them."""
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -120,7 +122,7 @@ def load(bundle: Path) -> ObservedPipeline:
     pipeline = ObservedPipeline.load(bundle, backend=Backend.EAGER, num_threads=1)
     assert isinstance(pipeline, ObservedPipeline)
     # The tests want batches; whether these pay was measured, and differs from machine to machine.
-    flat = [row.model_copy(update={"ms": 10.0}) for row in pipeline.manifest.latency]
+    flat = [row.model_copy(update={"ms": ROW_MS}) for row in pipeline.manifest.latency]
     pipeline.manifest = pipeline.manifest.model_copy(update={"latency": flat})
     return pipeline
 
@@ -129,7 +131,14 @@ def job_of(prompt: str, *, seed: int = 7, n: int = 1, deadline_s: float = 600, *
     now_ms = system_now_ms()
     full = request_of(prompt, num_samples=n, seed=seed, **request)
     deadline_ms = now_ms + int(deadline_s * 1000)
-    return new_job(kind=JobKind.IMAGE, model=MODEL, request=full, now_ms=now_ms, deadline_ms=deadline_ms)
+    return new_job(
+        kind=JobKind.IMAGE,
+        model=MODEL,
+        request=full,
+        now_ms=now_ms,
+        deadline_ms=deadline_ms,
+        cost_ms=n * 6 * ROW_MS / MAX_BATCH,
+    )
 
 
 def clip_of(prompt: str, *, seed: int = 7, num_steps: int = 4) -> Job:

@@ -243,7 +243,7 @@ async def test_size_that_the_bundle_does_not_have_fails_alone(
     wide, fine = job_of("a", bucket=Bucket(64, 512)), job_of("b")
     await enqueue(queue, wide, fine)
     start_worker()
-    assert code_of(await ended(queue, wide)) == "generation_failed"
+    assert code_of(await ended(queue, wide)) == "not_served"
     assert (await ended(queue, fine)).status is JobStatus.DONE
 
 
