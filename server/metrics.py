@@ -339,14 +339,14 @@ _SCALERS = """
 | running | `max by (class) (tdm_queue_inflight)` |
 | capacity, in samples | `max by (class) (tdm_queue_capacity)` |
 | room, in waiting jobs | `max by (class) (tdm_queue_limit)` |
-| backlog in seconds of work, by predicted cost | `max by (model) (tdm_queue_backlog_seconds)` |
+| backlog in seconds of work, by predicted cost | `max by (class) (tdm_queue_backlog_seconds)` |
 
 The queue is one for all replicas, and each api process tells all of it: never add these up over api pods.
 
 KEDA, trigger `prometheus`:
 
 ```yaml
-query: max(tdm_queue_backlog_seconds{model="scenes"})
+query: max(tdm_queue_backlog_seconds{class="scenes"})
 threshold: "2"
 ```
 

@@ -153,7 +153,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             title="Backlog by predicted cost",
             unit="s",
-            queries={"{{model}}": 'max by (model) (tdm_queue_backlog_seconds{model=~"$class"})'},
+            queries={"{{class}}": gauge("tdm_queue_backlog_seconds")},
             says="Seconds of engine time that wait; what the autoscaler follows.",
         ),
         Panel(
