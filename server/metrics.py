@@ -4,14 +4,19 @@ process.
 Labels stay few and bounded: `class` is the queue class (the model's name), `kind` what it draws (image or
 video), routes are templates. Never a job id, a tenant, a prompt or a raw path. Durations are in seconds, as
 Prometheus wants; methods take milliseconds, as we count.
+
+`deploy/metrics.md` is a table of them: `python -m server.metrics > deploy/metrics.md` writes it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -25,23 +30,50 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from server.job import Job
+from server.job import Job, JobKind
 
 PREFIX = "tdm"
 
 logger = logging.getLogger(__name__)
 
-# Images answer in fractions of a second, videos in minutes: one ladder holds both, and every SLO sits on an
-# edge.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What is promised of one kind of job, and what alerts watch (`deploy/prometheus/rules`).
+
+    Attributes:
+        e2e_s: a good job ends within so many seconds after it was accepted,
+        queue_s: of which it waits so many for a worker;
+        target: share of jobs that are good, over 30 days.
+    """
+
+    e2e_s: float
+    queue_s: float
+    target: float
+
+
+OBJECTIVES = {
+    JobKind.IMAGE: Objective(e2e_s=2.0, queue_s=1.0, target=0.99),
+    JobKind.VIDEO: Objective(e2e_s=300.0, queue_s=120.0, target=0.99),
+}
+AVAILABILITY_TARGET = 0.999
+"""Share of requests that get no 5xx, and of jobs that do not fail through our fault."""
+
+# Images answer in fractions of a second, videos in minutes: one ladder holds both, and every objective sits
+# on an edge.
 REQUEST_BUCKETS = (
     0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2, 3, 5, 8, 13, 20, 30, 60, 120, 300, 600, 1200, 1800,
 )  # fmt: skip
 STAGE_BUCKETS = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900,
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 900,
 )  # fmt: skip
 OP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 FILL_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+ETA_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2, 4, 10)
+
+
+MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
 
 
 class Outcome(StrEnum):
@@ -54,6 +86,15 @@ class Outcome(StrEnum):
     POISON = "poison"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """One metric, as the table of all of them shows it."""
+
+    section: str
+    metric: Counter | Gauge | Histogram
+    labels: tuple[str, ...]
+
+
 class Metrics:
     """The metrics of one process, in a registry of their own: several can live in one test process."""
 
@@ -63,24 +104,31 @@ class Metrics:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
-
+        self.definitions: list[Definition] = []
+        self._section = ""
         self._define_http()
         self._define_queue()
         self._define_jobs()
         self._define_work()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
+        return self._defined(Counter(name, text, labels, namespace=PREFIX, registry=self.registry), labels)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(name, text, labels, namespace=PREFIX, registry=self.registry)
+        return self._defined(Gauge(name, text, labels, namespace=PREFIX, registry=self.registry), labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(name, text, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
+        metric = Histogram(name, text, labels, namespace=PREFIX, registry=self.registry, buckets=buckets)
+        return self._defined(metric, labels)
+
+    def _defined(self, metric: MetricT, labels: tuple[str, ...]) -> MetricT:
+        self.definitions.append(Definition(section=self._section, metric=metric, labels=labels))
+        return metric
 
     def _define_http(self) -> None:
         """Of the api process."""
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self._section = "HTTP (api)"
         self.http_requests = counter("http_requests_total", "Responses sent.", "route", "method", "code")
         self.http_request_duration = histogram(
             "http_request_duration_seconds", "First byte in to last byte out.", REQUEST_BUCKETS, "route"
@@ -90,9 +138,18 @@ class Metrics:
             "jobs_rejected_total", "Jobs refused before the queue.", "class", "kind", "reason"
         )
 
+        self.eta = histogram(
+            "eta_ratio",
+            "Time a job took of the time predicted when it was accepted, where its client waited for it.",
+            ETA_BUCKETS,
+            "class",
+            "kind",
+        )
+
     def _define_queue(self) -> None:
         """Of the api process: read from Redis by one task."""
         gauge = self._gauge
+        self._section = "Queue (api: every api process reads the same from Redis, take the maximum)"
         self.queue_waiting = gauge("queue_waiting", "Jobs that wait for a worker.", "class", "priority")
         self.queue_backlog = gauge(
             "queue_backlog_seconds", "Predicted engine time of the jobs that wait, over all workers.", "class"
@@ -103,7 +160,10 @@ class Metrics:
         self.version_workers = gauge(
             "version_workers", "The same by version of the bundle.", "class", "version"
         )
+        self.queue_capacity = gauge("queue_capacity", "Samples that live workers can run at once.", "class")
+        self.queue_limit = gauge("queue_limit", "Jobs that may wait before one more is refused.", "class")
 
+        self._section = "Redis and what it keeps (api: every api process reads the same, take the maximum)"
         self.jobs_kept = gauge("jobs_kept", "Finished jobs that can be asked for.", "class")
         self.jobs_forgotten = gauge(
             "jobs_forgotten", "Finished jobs forgotten before their time for want of memory, ever.", "class"
@@ -112,9 +172,22 @@ class Metrics:
             "redis_memory_use_ratio", "Redis's memory of its limit; from 0.8 on finished jobs are forgotten."
         )
 
+        self.redis_memory = gauge("redis_memory_bytes", "Memory that Redis uses.")
+        self.redis_memory_limit = gauge(
+            "redis_memory_limit_bytes", "Its maxmemory; 0 where there is no limit, and then no ratio either."
+        )
+        self.redis_aof_ok = gauge(
+            "redis_aof_ok", "1 if its last write to the append-only file went well, 0 if not or if it is off."
+        )
+        self.redis_delayed_fsyncs = gauge(
+            "redis_delayed_fsyncs", "Times since its start that a write waited for an fsync before it."
+        )
+        self.redis_commands = gauge("redis_commands_per_second", "Commands it runs, from all its clients.")
+
     def _define_jobs(self) -> None:
         """Of whoever ends them."""
         counter, histogram = self._counter, self._histogram
+        self._section = "Jobs (whoever ends them: worker, or api for those that never start)"
         self.jobs = counter("jobs_total", "Jobs that reached a terminal state.", "class", "kind", "outcome")
         self.job_e2e = histogram(
             "job_e2e_seconds",
@@ -143,9 +216,19 @@ class Metrics:
     def _define_work(self) -> None:
         """Of a worker process, and of what it and the api process depend on."""
         counter, gauge, histogram = self._counter, self._gauge, self._histogram
+        self._section = "Work (worker)"
         self.batch_size = histogram("batch_size", "Samples that ran together.", BATCH_BUCKETS, "class")
         self.batch_fill_ratio = histogram(
             "batch_fill_ratio", "Samples per place in the compiled batch.", FILL_BUCKETS, "class"
+        )
+        self.output_engine = histogram(
+            "output_engine_seconds",
+            "Engine time of one output: its batch's, shared by all outputs in it.",
+            STAGE_BUCKETS,
+            "class",
+        )
+        self.padding = counter(
+            "padding_seconds_total", "Engine time that went into empty places of compiled batches.", "class"
         )
         self.images = counter("images_total", "Images stored.", "class")
         self.video_frames = counter("video_frames_total", "Video frames stored.", "class")
@@ -160,9 +243,20 @@ class Metrics:
             "engine_info", "1 for the bundle this worker runs.", "class", "engine", "version"
         )
 
+        self._section = "Dependencies (both)"
         self.redis_op = histogram("redis_op_seconds", "One queue verb.", OP_BUCKETS, "op")
         self.redis_errors = counter("redis_errors_total", "Queue verbs that failed.", "op")
         self.storage_op = histogram("storage_op_seconds", "One store verb.", OP_BUCKETS, "op")
+
+    def observe_eta(self, job: Job, eta_ms: float | None) -> None:
+        """Compare the time a finished job took with what was predicted; without a prediction, nothing.
+
+        Args:
+            job: finished; only one that is done tells anything.
+            eta_ms: predicted when it was accepted.
+        """
+        if eta_ms and job.finished_ms is not None and job.outputs:
+            self.eta.labels(job.model, job.kind).observe((job.finished_ms - job.created_ms) / eta_ms)
 
     def observe_job_end(
         self,
@@ -207,6 +301,9 @@ class Metrics:
         """
         self.batch_size.labels(model).observe(size)
         self.batch_fill_ratio.labels(model).observe(size / capacity)
+        for _ in range(size):
+            self.output_engine.labels(model).observe(busy_ms / size / 1000)
+        self.padding.labels(model).inc(busy_ms * (1 - size / capacity) / 1000)
         self.denoise_steps.labels(model).inc(num_steps)
         self.gpu_busy.labels(gpu).inc(busy_ms / 1000)
 
@@ -244,3 +341,79 @@ def start_metrics_server(metrics: Metrics, host: str, port: int) -> MetricsServe
         reason = os.strerror(error.errno) if error.errno else str(error)
         logger.error("no metrics: cannot listen on %s:%d: %s (TDM_METRICS_PORT)", host, port, reason)  # noqa: TRY400
         return None
+
+
+_INTRODUCTION = """# Metrics
+
+Written by `python -m server.metrics > deploy/metrics.md`; a test says when it is stale. What a metric means,
+and what its labels are, changes only with an entry in `CHANGELOG.md`. `class` is the model's name, `kind` is
+`image` or `video`. Beside these, each process tells about itself in `process_*` and `python_*`.
+"""
+
+_SCALERS = """
+## For autoscalers and schedulers
+
+| they ask for | metric |
+|---|---|
+| queue depth | `sum by (class) (max by (class, priority) (tdm_queue_waiting))` |
+| running | `max by (class) (tdm_queue_inflight)` |
+| capacity, in samples | `max by (class) (tdm_queue_capacity)` |
+| room, in waiting jobs | `max by (class) (tdm_queue_limit)` |
+| backlog in seconds of work, by predicted cost | `max by (class) (tdm_queue_backlog_seconds)` |
+
+The queue is one for all replicas, and each api process tells all of it: never add these up over api pods.
+
+KEDA, trigger `prometheus`:
+
+```yaml
+query: max(tdm_queue_backlog_seconds{class="scenes"})
+threshold: "2"
+```
+
+llm-d's endpoint picker takes the names of the gauges that its queue scorers read, from the api pods that it
+chooses between. They all tell of the one queue behind them, so it prefers none, which is right (not tried):
+
+```sh
+--total-queued-requests-metric=tdm_queue_waiting
+--total-running-requests-metric=tdm_queue_inflight
+```
+"""
+
+
+def _edges(metric: Histogram) -> str:
+    """A histogram's edges but +Inf, as the client itself will tell them."""
+    bounds: Iterable[float] = metric._upper_bounds
+    return " ".join(f"{bound:g}" for bound in list(bounds)[:-1])
+
+
+def table() -> str:
+    """All metrics as Markdown, the text of `deploy/metrics.md`."""
+    lines = [_INTRODUCTION, "## Objectives", ""]
+    lines += [
+        "| kind | accepted to finished | of which waiting | share of jobs, 30 days |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {kind} | {one.e2e_s:g} s | {one.queue_s:g} s | {one.target:.3g} |"
+        for kind, one in OBJECTIVES.items()
+    ]
+    lines += [
+        "",
+        f"And {AVAILABILITY_TARGET} of all requests get no 5xx. Each time is an edge of the histograms.",
+    ]
+    section = ""
+    for one in Metrics().definitions:
+        if one.section != section:
+            section = one.section
+            lines += ["", f"## {section}", "", "| metric | type | labels | says |", "|---|---|---|---|"]
+        family = next(iter(one.metric.describe()))
+        name = family.name + ("_total" if family.type == "counter" else "")
+        says = family.documentation
+        if isinstance(one.metric, Histogram):
+            says += f" Edges: {_edges(one.metric)}."
+        lines.append(f"| `{name}` | {family.type} | {', '.join(one.labels) or '-'} | {says} |")
+    return "\n".join(lines) + "\n" + _SCALERS
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

@@ -3,8 +3,10 @@
 What these tests cannot show is that the images build and run: see `deploy/README.md`.
 """
 
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,11 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
+from server.metrics import AVAILABILITY_TARGET, OBJECTIVES, Metrics
 from server.settings import Settings
 from server.supervisor.bundles import shipped_students
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+DEPLOY_README = (ROOT / "deploy/README.md").read_text(encoding="utf-8")
 
 
 def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> None:
@@ -55,8 +59,64 @@ def test_compose_file_follows_the_compose_specification() -> None:
     run(tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", "docker-compose.yml")
 
 
-def test_prometheus_configuration_is_valid() -> None:
+def test_prometheus_configuration_and_its_rules_are_valid() -> None:
     run(tool("promtool"), "check", "config", "deploy/prometheus/prometheus.yml")
+
+
+@pytest.mark.parametrize("name", ["causes", "slo", "slo_slow"])
+def test_alerts_fire_where_they_must_and_stay_silent_where_they_must(name: str) -> None:
+    run(tool("promtool"), "test", "rules", f"deploy/prometheus/tests/{name}.yml")
+
+
+def rules() -> list[dict[str, Any]]:
+    """Every rule: those that record, and alerts."""
+    files = sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))
+    groups = [group for file in files for group in yaml.safe_load(file.read_text(encoding="utf-8"))["groups"]]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def test_every_alert_has_a_case_in_which_it_fires_one_in_which_it_does_not_and_a_remedy() -> None:
+    cases: dict[str, set[bool]] = {}
+    for file in (ROOT / "deploy/prometheus/tests").glob("*.yml"):
+        for case in yaml.safe_load(file.read_text(encoding="utf-8"))["tests"]:
+            for asked in case["promql_expr_test"]:
+                name = re.search(r'alertname="(\w+)"', asked["expr"])
+                assert name, asked
+                cases.setdefault(name[1], set()).add(bool(asked["exp_samples"]))
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    assert cases == {alert: {True, False} for alert in alerts}
+    remedies = re.findall(r"^\| `(Tdm\w+)` \|", DEPLOY_README, flags=re.MULTILINE)
+    assert sorted(remedies) == sorted(alerts)
+
+
+def test_dashboard_is_what_its_code_writes() -> None:
+    written = json.loads((ROOT / "deploy/grafana/tdm.json").read_text(encoding="utf-8"))
+    assert written == runpy.run_path(str(ROOT / "deploy/grafana/dashboard.py"))["dashboard"]()
+
+
+def test_dashboard_and_rules_ask_for_metrics_that_exist() -> None:
+    exist = {
+        name
+        for one in Metrics().definitions
+        for family in one.metric.describe()
+        for suffix in ("", "_total", "_bucket", "_count", "_sum")
+        for name in [family.name + suffix]
+    }
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    text = (ROOT / "deploy/grafana/tdm.json").read_text(encoding="utf-8")
+    text += "".join(rule["expr"] for rule in rules())
+    assert set(re.findall(r"\btdm_\w+", text)) <= exist | {"tdm_queue_backlog_seconds"}
+    assert set(re.findall(r"\btdm:\w+:\w+", text)) <= recorded
+
+
+def test_rules_and_dashboard_know_the_objectives_that_the_server_states() -> None:
+    text = (ROOT / "deploy/grafana/tdm.json").read_text(encoding="utf-8").replace('\\"', '"')
+    text += "".join(rule["expr"] for rule in rules())
+    edges = set(re.findall(r'_bucket\{kind="(\w+)",outcome="done",le="([\d.]+)"', text))
+    assert edges == {(str(kind), str(one.e2e_s)) for kind, one in OBJECTIVES.items()}
+    budgets = set(re.findall(r"slo=~\S+ / ([\d.]+)", text))
+    targets = {AVAILABILITY_TARGET, *(one.target for one in OBJECTIVES.values())}
+    assert budgets == {f"{1 - target:.3g}" for target in targets}
 
 
 def test_images_run_without_root() -> None:

@@ -20,6 +20,7 @@ from server.job import Job
 from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError
 from server.queue.job_queue import JobQueue
+from server.queue.records import RedisHealth
 from server.settings import Settings
 from server.store import ResultStore
 
@@ -94,6 +95,15 @@ def _count_deadline(metrics: Metrics, job: Job) -> None:
     metrics.observe_job_end(job, Outcome.DEADLINE, now_ms=job.finished_ms or job.deadline_ms)
 
 
+def _export_redis(metrics: Metrics, health: RedisHealth) -> None:
+    metrics.redis_memory_use.set(health.memory_use)
+    metrics.redis_memory.set(health.used_bytes)
+    metrics.redis_memory_limit.set(health.limit_bytes)
+    metrics.redis_aof_ok.set(health.aof_ok)
+    metrics.redis_delayed_fsyncs.set(health.delayed_fsyncs)
+    metrics.redis_commands.set(health.commands_per_s)
+
+
 async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
     """Keep the queue's gauges fresh. Each api process tells the same, so dashboards take the maximum."""
     metrics = services.metrics
@@ -110,9 +120,13 @@ async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
                 metrics.jobs_kept.labels(name).set(model.stats.kept)
                 metrics.jobs_forgotten.labels(name).set(model.stats.forgotten)
                 metrics.workers_live.labels(name).set(len(model.stats.workers))
+                metrics.queue_limit.labels(name).set(services.settings.max_queue)
+                metrics.queue_capacity.labels(name).set(
+                    sum(worker.max_batch for worker in model.stats.workers)
+                )
                 for worker in model.stats.workers:
                     metrics.version_workers.labels(name, worker.version).inc()
-            metrics.redis_memory_use.set(await services.queue.memory_use())
+            _export_redis(metrics, await services.queue.health())
         except QueueError:
             metrics.redis_errors.labels("stats").inc()
         with suppress(TimeoutError):

@@ -23,6 +23,7 @@ from server.queue.records import (
     EnqueueResult,
     EnqueueStatus,
     QueueStats,
+    RedisHealth,
     UnreadableJobError,
     dump_cost,
     dump_request,
@@ -290,9 +291,18 @@ class JobQueue:
 
         From 0.8 on no job is accepted before finished ones were forgotten.
         """
-        info: Any = await self._calls.unless_silent(self._redis.info("memory"))
-        limit = int(info.get("maxmemory", 0))
-        return int(info["used_memory"]) / limit if limit else 0.0
+        return (await self.health()).memory_use
+
+    async def health(self) -> RedisHealth:
+        """Redis's memory, its append-only file and its load."""
+        info: Any = await self._calls.unless_silent(self._redis.info("memory", "persistence", "stats"))
+        return RedisHealth(
+            used_bytes=int(info["used_memory"]),
+            limit_bytes=int(info.get("maxmemory", 0)),
+            aof_ok=bool(int(info.get("aof_enabled", 0))) and info.get("aof_last_write_status") == "ok",
+            delayed_fsyncs=int(info.get("aof_delayed_fsync", 0)),
+            commands_per_s=float(info.get("instantaneous_ops_per_sec", 0)),
+        )
 
     async def models(self) -> dict[str, Mapping[str, Any]]:
         """Every model a worker has ever announced here: name -> its bundle's manifest.json, as a dict.

@@ -120,6 +120,29 @@ class QueueStats:
         return sum(self.waiting.values())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisHealth:
+    """What Redis says of itself.
+
+    Attributes:
+        used_bytes, limit_bytes: its memory; a limit of 0 is none.
+        aof_ok: the append-only file is on, and the last write to it went well.
+        delayed_fsyncs: times since its start that a write waited for an earlier fsync.
+        commands_per_s: what it runs now.
+    """
+
+    used_bytes: int
+    limit_bytes: int
+    aof_ok: bool
+    delayed_fsyncs: int
+    commands_per_s: float
+
+    @property
+    def memory_use(self) -> float:
+        """Share of the limit that is used; 0 where there is no limit."""
+        return self.used_bytes / self.limit_bytes if self.limit_bytes else 0.0
+
+
 def dump_worker(info: WorkerInfo) -> str:
     """JSON form of a `WorkerInfo`."""
     return json.dumps(asdict(info))

@@ -213,9 +213,15 @@ def test_metrics_tell_what_happened_and_nothing_private(system: System, http: ht
     assert samples["tdm_http_requests_total", "/v1/images", "200", "POST"] >= 1
     assert samples["tdm_jobs_total", "done", "image", "tiny"] >= 1
     assert samples["tdm_batch_size_count", "tiny"] >= 1
+    assert samples["tdm_output_engine_seconds_count", "tiny"] >= 1
+    assert samples["tdm_eta_ratio_count", "image", "tiny"] >= 1
     for stage in ("queue", "batch_wait", "encode", "denoise", "decode", "pack", "store"):
         assert samples["tdm_job_stage_seconds_count", *sorted((stage, "image", "tiny"))] >= 1
     poll(lambda: scrape(system).get(("tdm_workers_live", "tiny")) == 1)  # read from Redis every few seconds
+    poll(lambda: scrape(system)[("tdm_redis_aof_ok",)] == 1)  # and so is this, a moment later
+    samples = scrape(system)
+    assert (samples["tdm_queue_capacity", "tiny"], samples["tdm_queue_limit", "tiny"]) == (4, 256)
+    assert 0 < samples[("tdm_redis_memory_bytes",)] < samples[("tdm_redis_memory_limit_bytes",)]
     assert http.get("/metrics").status_code == 404
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import httpx
 import pytest
 
-from server.job import Job, JobKind, new_job
-from server.metrics import Metrics, MetricsServer, Outcome
+from server.job import Job, JobKind, OutputRef, new_job
+from server.metrics import OBJECTIVES, REQUEST_BUCKETS, STAGE_BUCKETS, Metrics, MetricsServer, Outcome, table
 from tests.server.conftest import request_of
 
 
@@ -25,9 +28,21 @@ def test_every_name_has_our_prefix_and_a_unit() -> None:
     histograms = [
         family.name
         for family in Metrics().registry.collect()
-        if family.type == "histogram" and not family.name.endswith(("batch_size", "fill_ratio"))
+        if family.type == "histogram" and not family.name.endswith(("batch_size", "_ratio"))
     ]
     assert all(name.endswith("_seconds") for name in histograms)
+
+
+def test_table_of_all_metrics_is_up_to_date() -> None:
+    written = Path(__file__).resolve().parents[2] / "deploy/metrics.md"
+
+    assert written.read_text(encoding="utf-8") == table(), "python -m server.metrics > deploy/metrics.md"
+
+
+@pytest.mark.parametrize("kind", JobKind)
+def test_every_objective_sits_on_an_edge(kind: JobKind) -> None:
+    assert OBJECTIVES[kind].e2e_s in REQUEST_BUCKETS
+    assert OBJECTIVES[kind].queue_s in STAGE_BUCKETS
 
 
 def job(kind: JobKind = JobKind.IMAGE) -> Job:
@@ -69,6 +84,23 @@ def test_batch_is_counted_by_its_samples_and_its_fill() -> None:
     assert value(metrics, "tdm_batch_fill_ratio_sum", class_="scenes") == 0.75
     assert value(metrics, "tdm_denoise_steps_total", class_="scenes") == 12
     assert value(metrics, "tdm_gpu_busy_seconds_total", gpu="cpu") == 0.08
+    assert value(metrics, "tdm_output_engine_seconds_count", class_="scenes") == 3
+    assert value(metrics, "tdm_output_engine_seconds_sum", class_="scenes") == pytest.approx(0.08)
+    assert value(metrics, "tdm_padding_seconds_total", class_="scenes") == pytest.approx(0.02)
+
+
+def test_time_a_job_took_is_compared_with_what_was_predicted() -> None:
+    metrics = Metrics()
+    output = OutputRef(key="k", content_type="image/png", size_bytes=1, width=8, height=8, frames=1, seed=0)
+    done = replace(job(), finished_ms=2_500, outputs=(output,))
+
+    metrics.observe_eta(done, 1_000.0)
+    metrics.observe_eta(done, None)  # nothing was predicted
+    metrics.observe_eta(job(), 1_000.0)  # not finished
+    metrics.observe_eta(replace(done, outputs=()), 1_000.0)  # failed
+
+    assert value(metrics, "tdm_eta_ratio_count", class_="scenes", kind="image") == 1
+    assert value(metrics, "tdm_eta_ratio_sum", class_="scenes", kind="image") == 1.5
 
 
 def test_two_processes_worth_of_metrics_do_not_mix() -> None:

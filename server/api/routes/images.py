@@ -237,6 +237,8 @@ async def _submit(
         raise
     if job is None:
         raise unknown_job(accepted.job_id, JobKind.IMAGE)
+    if not accepted.attached:
+        services.metrics.observe_eta(job, accepted.eta_ms)
     return accepted, job
 
 

@@ -1,0 +1,196 @@
+"""deploy/k8s renders, every object is valid, and it says what the processes need. No cluster has seen it."""
+
+import json
+import shutil
+import subprocess
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from server.queue.address import parse_redis_url
+from server.settings import ENV_PREFIX, Settings
+
+K8S = Path(__file__).resolve().parent.parent / "deploy/k8s"
+OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
+VERSION = "1.33"
+"""The first one that knows image volumes."""
+CUSTOM = {"ServiceMonitor", "ScaledObject"}
+GRACE_S = {"tdm-api": 60, "tdm-worker-scenes": 120, "tdm-worker-clips": 1800}
+
+Object = dict[str, Any]
+
+
+@cache
+def render(overlay: str) -> tuple[Object, ...]:
+    """Objects of an overlay."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    done = subprocess.run(
+        ["kubectl", "kustomize", K8S / "overlays" / overlay], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return tuple(yaml.safe_load_all(done.stdout))
+
+
+def of_kind(overlay: str, *kinds: str) -> list[Object]:
+    return [one for one in render(overlay) if one["kind"] in kinds]
+
+
+def names(objects: list[Object]) -> set[str]:
+    return {one["metadata"]["name"] for one in objects}
+
+
+def validate(one: Object) -> None:
+    """Check an object strictly: fields that nobody knows are refused."""
+    if one["kind"] in CUSTOM:
+        jsonschema.validate(one, json.loads((K8S / "schemas/custom.json").read_text(encoding="utf-8")))
+    else:
+        kubernetes_validate.validate(one, VERSION, strict=True)
+
+
+def pods(overlay: str) -> dict[str, Object]:
+    """Pod templates by the name of what makes them."""
+    makers = of_kind(overlay, "Deployment", "StatefulSet", "Job")
+    return {one["metadata"]["name"]: one["spec"]["template"] for one in makers}
+
+
+def selects(selector: Object, labels: dict[str, str]) -> bool:
+    """Whether a label selector takes an object with these labels."""
+    wanted = selector.get("matchLabels", {})
+    return all(labels.get(key) == value for key, value in wanted.items()) and all(
+        labels.get(one["key"]) in one["values"] for one in selector.get("matchExpressions", ())
+    )
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_object_is_valid(overlay: str) -> None:
+    for one in render(overlay):
+        validate(one)
+    found = [(one["kind"], one["metadata"]["name"]) for one in render(overlay)]
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("kind", ["Deployment", "NetworkPolicy", "ServiceMonitor", "ScaledObject"])
+def test_field_that_nobody_knows_is_refused(kind: str) -> None:
+    broken = deepcopy(of_kind("keda", kind)[0])
+    broken["spec"]["replicaz"] = 1
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        validate(broken)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_pod_may_do_more_than_it_needs(overlay: str) -> None:
+    for template in pods(overlay).values():
+        spec = template["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert {"requests", "limits"} <= container["resources"].keys()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_deployments_are_probed_spread_drained_and_kept_from_going_all_at_once(overlay: str) -> None:
+    budgets = [one["spec"]["selector"] for one in of_kind(overlay, "PodDisruptionBudget")]
+    for one in of_kind(overlay, "Deployment"):
+        template = one["spec"]["template"]
+        (container,) = template["spec"]["containers"]
+        probes = [container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")]
+        patience_s = [probe["periodSeconds"] * probe["failureThreshold"] for probe in probes]
+        assert patience_s[1] < patience_s[2] <= 120  # not ready soon, killed late
+        assert all("readyz" not in probe["httpGet"]["path"] for probe in probes)
+        assert template["spec"]["topologySpreadConstraints"]
+        assert template["spec"]["terminationGracePeriodSeconds"] >= GRACE_S[one["metadata"]["name"]]
+        assert sum(selects(budget, template["metadata"]["labels"]) for budget in budgets) == 1
+        assert selects(one["spec"]["selector"], template["metadata"]["labels"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_settings_exist_and_redis_is_where_a_service_is(overlay: str) -> None:
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    (settings,) = [one["data"] for one in of_kind(overlay, "ConfigMap") if "TDM_REDIS_URL" in one["data"]]
+    assert settings.keys() <= known
+    hosts = {host.split(".")[-1] for host, _ in parse_redis_url(settings["TDM_REDIS_URL"]).hosts}
+    assert hosts <= names(of_kind(overlay, "Service"))
+    assert "TDM_STORE_URL" in settings
+    for template in pods(overlay).values():
+        for container in template["spec"]["containers"]:
+            assert {one["name"] for one in container.get("env", ())} <= known
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_nothing_is_open_that_is_not_named(overlay: str) -> None:
+    policies = [one["spec"] for one in of_kind(overlay, "NetworkPolicy")]
+    assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in policies
+    for template in pods(overlay).values():
+        ports = {port["name"] for one in template["spec"]["containers"] for port in one.get("ports", ())}
+        let_in = {
+            port["port"]
+            for policy in policies
+            if selects(policy["podSelector"], template["metadata"]["labels"])
+            for rule in policy.get("ingress", ())
+            for port in rule["ports"]
+        }
+        assert let_in == ports
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_services_and_monitors_find_what_they_select(overlay: str) -> None:
+    templates = pods(overlay).values()
+    services = of_kind(overlay, "Service")
+    for service in services:
+        found = [
+            one
+            for one in templates
+            if selects({"matchLabels": service["spec"]["selector"]}, one["metadata"]["labels"])
+        ]
+        assert found
+        for template in found:
+            ports = {port["name"] for one in template["spec"]["containers"] for port in one["ports"]}
+            assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+    for monitor in of_kind(overlay, "ServiceMonitor"):
+        chosen = [
+            one for one in services if selects(monitor["spec"]["selector"], one["metadata"].get("labels", {}))
+        ]
+        (ports,) = [{port["name"] for port in one["spec"]["ports"]} for one in chosen]
+        assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
+
+
+def test_workers_on_gpus_ask_for_one_and_have_their_bundle_by_digest() -> None:
+    for one in of_kind("gpu", "Deployment"):
+        if one["metadata"]["name"] == "tdm-api":
+            continue
+        spec = one["spec"]["template"]["spec"]
+        assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+        assert spec["tolerations"][0]["key"] == "nvidia.com/gpu"
+        assert spec["nodeSelector"].keys() == {"nvidia.com/gpu.product"}
+        images = [volume["image"]["reference"] for volume in spec["volumes"] if "image" in volume]
+        assert ["@sha256:" in image for image in images] == [True]
+        (bundle,) = [env["value"] for env in spec["containers"][0]["env"] if env["name"] == "TDM_BUNDLES"]
+        mounts = [mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]]
+        assert bundle in mounts
+        assert "/bundles" not in mounts
+
+
+def test_autoscaler_scales_deployments_that_are_there_by_the_backlog_with_a_fallback() -> None:
+    deployments = {one["metadata"]["name"]: one["spec"] for one in of_kind("keda", "Deployment")}
+    scalers = of_kind("keda", "ScaledObject")
+    assert len(scalers) == 2
+    for one in scalers:
+        target = one["spec"]["scaleTargetRef"]["name"]
+        assert "replicas" not in deployments[target]
+        assert one["spec"]["fallback"]["replicas"] >= 1
+        (trigger,) = one["spec"]["triggers"]
+        model = target.removeprefix("tdm-worker-")
+        assert trigger["metadata"]["query"] == f'max(tdm_queue_backlog_seconds{{class="{model}"}})'
