@@ -80,6 +80,14 @@ class JobErrorCode(StrEnum):
     INTERNAL = "internal"
 
 
+class Variant(StrEnum):
+    """What a stored file is to its job: one of the samples that were asked for, or a small picture of one."""
+
+    SAMPLE = "sample"
+    THUMBNAIL = "thumbnail"
+    SPRITESHEET = "spritesheet"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
     """What a job is to generate: what was asked for, with every default filled in.
@@ -93,6 +101,7 @@ class GenerationRequest:
         output_format: png, jpeg, webp or mp4.
         quality: 0 to 100 for jpeg and webp; None leaves it to the packer.
         fps: frames per second of a video; None for images.
+        remix_of: the video whose settings these are, with another prompt.
     """
 
     prompt: str
@@ -103,6 +112,7 @@ class GenerationRequest:
     output_format: str
     quality: int | None = None
     fps: int | None = None
+    remix_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,10 +129,11 @@ class JobError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputRef:
-    """One finished sample in the result store. The bytes are at `key`, never in Redis.
+    """One file of a finished job in the result store. The bytes are at `key`, never in Redis.
 
     Attributes:
         key: `<job>/<attempt>-<i>.<ext>`, so no attempt overwrites another.
+        width, height: of the file's picture, in pixels.
         frames: 1 for an image.
         seed: the seed that draws exactly this sample again with n = 1.
     """
@@ -134,6 +145,7 @@ class OutputRef:
     height: int
     frames: int
     seed: int
+    variant: Variant = Variant.SAMPLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +160,7 @@ class Job:
         attempt: how often a worker has started it.
         deadline_ms: unix ms after which it is failed with code `deadline` instead of started.
         progress: 0..100, denoising steps done.
+        outputs: the samples, in order, and after them the small pictures of a video.
         timing: ms by stage: queue, batch_wait, encode, denoise, decode, pack, store.
         warnings: what its result does not show of what was asked, and why.
         worker: consumer name of the last worker that started it.
@@ -179,6 +192,10 @@ class Job:
     traceparent: str | None = None
     deleted_ms: int | None = None
 
+    def output(self, variant: Variant) -> OutputRef | None:
+        """The first file of a kind, or None: workers of earlier versions made no previews."""
+        return next((output for output in self.outputs if output.variant is variant), None)
+
     @property
     def finished(self) -> bool:
         """True once the job has its final answer."""
@@ -208,6 +225,8 @@ def fingerprint(request: GenerationRequest, *, model: str | None = None, seed_gi
     }
     if request.fps is not None:
         asked["fps"] = request.fps
+    if request.remix_of is not None:
+        asked["remix_of"] = request.remix_of
     if model is not None:
         asked["model"] = model
     return hashlib.sha256(_encode_sorted(asked).encode()).hexdigest()

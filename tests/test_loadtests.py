@@ -30,6 +30,7 @@ NOT_IN_SMOKE = {
     "result_expired": "needs a day, or a hand in the store",
     "cancelled": "a race with the worker",
     "not_served": "needs a bundle that is taken away",
+    "variant_not_found": "needs a video from an earlier version's worker",
 }
 
 

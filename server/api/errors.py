@@ -211,6 +211,14 @@ class JobNotFoundError(ApiError):
     type = "not_found_error"
 
 
+class VariantNotFoundError(ApiError):
+    """The video was made by a worker that made no such preview."""
+
+    status = 404
+    code = "variant_not_found"
+    type = "not_found_error"
+
+
 class ResultNotReadyError(ApiError):
     """The job has no content yet. Not 409: OpenAI clients retry that on their own."""
 

@@ -134,6 +134,12 @@ class VideoRequest(SampleRequest):
         return None
 
 
+class RemixRequest(Body):
+    """`POST /v1/videos/{id}/remix`, as JSON or as a form: all but the prompt is taken from that video."""
+
+    prompt: Prompt = Field(description="What to draw instead.", examples=["a blue sphere on the left"])
+
+
 class ImageData(BaseModel):
     """One finished image."""
 
@@ -224,7 +230,7 @@ class VideoJob(BaseModel):
         default=None, description="From then on the status is `expired` and the video is gone."
     )
     error: JobErrorView | None = None
-    remixed_from_video_id: None = None
+    remixed_from_video_id: str | None = None
     url: str | None = Field(default=None, description="Of the MP4 file, once completed.")
     size_bytes: int | None = None
     frames: int

@@ -73,8 +73,13 @@ class Accepted:
     eta_ms: float | None
 
 
-async def accept(services: Services, body: SampleRequest, idempotency_key: str | None) -> Accepted:
+async def accept(
+    services: Services, body: SampleRequest, idempotency_key: str | None, *, remix_of: str | None = None
+) -> Accepted:
     """Check a request against the model it names, predict its finish, and enqueue it.
+
+    Args:
+        remix_of: the video that the request takes all but its prompt from.
 
     Raises:
         ApiError: the class says why; nothing was enqueued.
@@ -87,7 +92,7 @@ async def accept(services: Services, body: SampleRequest, idempotency_key: str |
     kind = _kind_of(body)
     deadline_ms = round(services.settings.deadline_s(kind) * 1000)
     model = await services.catalog.find(body.model, kind=kind)
-    request = _complete(body, model.manifest)
+    request = replace(_complete(body, model.manifest), remix_of=remix_of)
     load = model.load
     measured = model.batch_ms(request.bucket, request.num_steps)
     batch_ms = measured or (lambda num_samples: UNMEASURED_MS * num_samples)

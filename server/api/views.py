@@ -141,6 +141,7 @@ def video_job(
         completed_at=None if job.finished_ms is None else job.finished_ms // 1000,
         expires_at=None if over_ms is None else over_ms // 1000,
         error=_error_view(job),
+        remixed_from_video_id=request.remix_of,
         url=url if done else None,
         size_bytes=job.outputs[0].size_bytes if done else None,
         frames=request.bucket.frames,

@@ -18,6 +18,7 @@ from server.job import JobStatus, OutputRef, Priority, model_tag
 from server.queue.clock import asked_each_time
 from server.queue.connection import connect
 from server.queue.keys import GROUP, MODELS_KEY, class_prefix, stream_of, waiting_key
+from server.queue.records import load_outputs
 from server.queue.scripts import script
 
 PAGE = 500
@@ -267,7 +268,7 @@ def _sight(job_id: str, model: str, reply: list[Any]) -> Sight:
         created_ms=int(enq or 0),
         deadline_ms=int(dl or 0),
         fingerprint=fp or "",
-        outputs=tuple(OutputRef(**output) for output in json.loads(res or "[]")),
+        outputs=load_outputs(res or "[]"),
         error_code=json.loads(err)["code"] if err else "",
         deleted=bool(deleted),
         live=live,

@@ -20,6 +20,7 @@ from server.job import (
     JobStatus,
     OutputRef,
     Priority,
+    Variant,
 )
 
 MAX_REQUEST_BYTES = 64 * 1024
@@ -175,6 +176,8 @@ def dump_request(request: GenerationRequest) -> str:
     }
     if request.fps is not None:
         fields["fps"] = request.fps
+    if request.remix_of is not None:
+        fields["remix_of"] = request.remix_of
     text = _encode(fields)
     size = len(text.encode())
     if size > MAX_REQUEST_BYTES:
@@ -200,6 +203,7 @@ def load_request(text: str) -> GenerationRequest:
             output_format=str(read["output_format"]),
             quality=None if quality is None else int(quality),
             fps=None if fps is None else int(fps),
+            remix_of=read.get("remix_of"),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UnreadableJobError(f"unreadable request: {error!r}") from error
@@ -213,6 +217,14 @@ def dump_cost(cost_ms: float) -> int:
 def dump_outputs(outputs: Sequence[OutputRef]) -> str:
     """JSON form of a job's outputs."""
     return json.dumps([{name: getattr(output, name) for name in _OUTPUT_FIELDS} for output in outputs])
+
+
+def load_outputs(text: str) -> tuple[OutputRef, ...]:
+    """Inverse of `dump_outputs`; files of earlier versions, which made no previews, are samples."""
+    return tuple(
+        OutputRef(**{**output, "variant": Variant(output.get("variant", Variant.SAMPLE))})
+        for output in json.loads(text)
+    )
 
 
 def dump_error(error: JobError) -> str:
@@ -255,7 +267,7 @@ def _load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
         started_ms=int(fields["beg"]) if "beg" in fields else None,
         finished_ms=int(fields["end"]) if "end" in fields else None,
         progress=int(fields.get("pg", 0)),
-        outputs=tuple(OutputRef(**output) for output in json.loads(fields.get("res", "[]"))),
+        outputs=load_outputs(fields.get("res", "[]")),
         error=JobError(**json.loads(fields["err"])) if "err" in fields else None,
         timing=json.loads(fields.get("tm", "{}")),
         warnings=tuple(json.loads(fields.get("wn", "[]"))),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from server.job import JobError, JobErrorCode, JobStatus, OutputRef
+from server.job import JobError, JobErrorCode, JobStatus, OutputRef, Variant
 from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError
 from server.queue.worker_queue import Settled, WorkerQueue
@@ -122,9 +122,10 @@ class Finisher:
         outputs: list[OutputRef] = []
         try:
             for index, file in enumerate(packed):
-                key = f"{leased.job.id}/{leased.job.attempt}-{index}.{file.suffix}"
-                self._put(key, file, store_until)
-                outputs.append(_output_ref(leased, index, key, file))
+                outputs.append(self._store_file(leased, index, file, Variant.SAMPLE, store_until))
+            for index, file in enumerate(packed):
+                for variant, preview in file.previews.items():
+                    outputs.append(self._store_file(leased, index, preview, variant, store_until))
         except OSError:
             log.exception("result not stored", extra={"job_id": leased.job.id})
             self._discard(outputs)
@@ -173,6 +174,23 @@ class Finisher:
             leased.pixels[index] = None  # a video's are large, and the store may take a while
         leased.timing_ms["pack"] = (time.perf_counter() - start) * 1000
         return packed
+
+    def _store_file(
+        self, leased: LeasedJob, index: int, file: Packed, variant: Variant, until: float
+    ) -> OutputRef:
+        name = str(index) if variant is Variant.SAMPLE else f"{index}-{variant}"
+        key = f"{leased.job.id}/{leased.job.attempt}-{name}.{file.suffix}"
+        self._put(key, file, until)
+        return OutputRef(
+            key=key,
+            content_type=file.content_type,
+            size_bytes=len(file.data),
+            width=file.width,
+            height=file.height,
+            frames=leased.job.request.bucket.frames if variant is Variant.SAMPLE else 1,
+            seed=leased.seed(index),
+            variant=variant,
+        )
 
     def _put(self, key: str, file: Packed, until: float) -> None:
         """Store one file. Tried again if need be: the picture was dear, and object stores have bad seconds.
@@ -231,20 +249,9 @@ class Finisher:
 
     def _count_outputs(self, outputs: list[OutputRef]) -> None:
         for output in outputs:
+            if output.variant is not Variant.SAMPLE:
+                continue
             if output.content_type.startswith("image/"):
                 self._metrics.images.labels(self._queue.model).inc()
             else:
                 self._metrics.video_frames.labels(self._queue.model).inc(output.frames)
-
-
-def _output_ref(leased: LeasedJob, index: int, key: str, file: Packed) -> OutputRef:
-    bucket = leased.job.request.bucket
-    return OutputRef(
-        key=key,
-        content_type=file.content_type,
-        size_bytes=len(file.data),
-        width=bucket.width,
-        height=bucket.height,
-        frames=bucket.frames,
-        seed=leased.seed(index),
-    )

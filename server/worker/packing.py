@@ -10,7 +10,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
+from server.job import Variant
 from server.worker import mp4
+from server.worker.previews import spritesheet, thumbnail
 
 NAMESPACE = "urn:tdm-server:provenance"
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -45,11 +47,18 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """One file: its bytes, MIME type and usual suffix without the dot."""
+    """One file: its bytes, MIME type, usual suffix without the dot, and the size of its picture.
+
+    Attributes:
+        previews: of a video, the files that show it in small.
+    """
 
     data: bytes
     content_type: str
     suffix: str
+    width: int
+    height: int
+    previews: Mapping[Variant, Packed] = field(default_factory=dict)
 
 
 def prompt_hash(prompt: str) -> str:
@@ -79,16 +88,30 @@ def pack(
     if output_format == MP4:
         if not fps:
             raise ValueError("a video needs its frames per second")
-        return Packed(mp4.encode(pixels, fps, _xmp(provenance)), mp4.CONTENT_TYPE, "mp4")
+        height, width = pixels.shape[1:3]
+        data = mp4.encode(pixels, fps, _xmp(provenance))
+        return Packed(data, mp4.CONTENT_TYPE, "mp4", width, height, _previews(pixels, provenance))
     if output_format not in FORMATS:
         raise ValueError(f"output format {output_format!r}: allowed are {sorted([*FORMATS, MP4])}")
     if pixels.ndim != 4 or pixels.shape[0] != 1 or pixels.shape[3] != 3:
         raise ValueError(f"pixels of shape {pixels.shape}: {output_format} holds (1, H, W, 3)")
+    quality = DEFAULT_QUALITY if quality is None else quality
+    return _pack_image(Image.fromarray(pixels[0]), output_format, provenance, quality)
+
+
+def _pack_image(image: Image.Image, output_format: str, provenance: Provenance, quality: int) -> Packed:
     content_type, suffix, encode = FORMATS[output_format]
-    image = Image.fromarray(pixels[0])
     buffer = io.BytesIO()
-    encode(image, buffer, _xmp(provenance), DEFAULT_QUALITY if quality is None else quality)
-    return Packed(buffer.getvalue(), content_type, suffix)
+    encode(image, buffer, _xmp(provenance), quality)
+    return Packed(buffer.getvalue(), content_type, suffix, image.width, image.height)
+
+
+def _previews(frames: NDArray[np.uint8], provenance: Provenance) -> dict[Variant, Packed]:
+    """In the formats that OpenAI's API has for them."""
+    return {
+        Variant.THUMBNAIL: _pack_image(thumbnail(frames), "webp", provenance, DEFAULT_QUALITY),
+        Variant.SPRITESHEET: _pack_image(spritesheet(frames), "jpeg", provenance, DEFAULT_QUALITY),
+    }
 
 
 def read_provenance(data: bytes) -> Provenance | None:

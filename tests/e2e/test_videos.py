@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import openai
 import pytest
+from PIL import Image
 
 from server.worker.mp4 import boxes
 from server.worker.packing import read_provenance
@@ -82,6 +83,16 @@ def test_openais_client_gets_a_clip_that_players_understand(client: openai.OpenA
     provenance = read_provenance(content)
     assert provenance is not None
     assert (provenance.model, provenance.seed, provenance.num_steps) == ("tiny-cogvideox", 7, 2)
+
+    thumbnail, sheet = [
+        Image.open(io.BytesIO(client.videos.download_content(video.id, variant=variant).read()))
+        for variant in ("thumbnail", "spritesheet")
+    ]
+    assert (thumbnail.format, thumbnail.size) == ("WEBP", (32, 32))
+    assert (sheet.format, sheet.size) == ("JPEG", (96, 96))
+    remix = client.videos.remix(video.id, prompt="a blue cube moves right")
+    assert client.videos.poll(remix.id).status == "completed"
+    assert client.videos.retrieve(remix.id).remixed_from_video_id == video.id
 
     assert client.videos.delete(video.id).deleted
     assert video.id not in [one.id for one in client.videos.list()]

@@ -297,7 +297,8 @@ function picture(job, image, i) {
 function film(job) {
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const properties = { controls: true, loop: true, muted: true, playsInline: true, autoplay: !still };
-  const video = make("video", { ...properties, src: local(job.url), title: `seed ${job.seed}` });
+  const poster = `${local(job.url)}?variant=thumbnail`;
+  const video = make("video", { ...properties, src: local(job.url), poster, title: `seed ${job.seed}` });
   video.setAttribute("aria-label", job.prompt);
   return make("div", { className: "picture" }, video);
 }

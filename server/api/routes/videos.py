@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -26,6 +26,7 @@ from server.api.errors import (
     RouteNotFoundError,
     UnsupportedMediaTypeError,
     UnsupportedParameterError,
+    VariantNotFoundError,
 )
 from server.api.jobs import (
     POLL_MS,
@@ -50,25 +51,43 @@ from server.api.routes.openapi import (
     json_response,
     media_type_of,
 )
-from server.api.schemas import VideoDeleted, VideoJob, VideoList, VideoRequest
-from server.api.submit import accept
+from server.api.schemas import Body, RemixRequest, VideoDeleted, VideoJob, VideoList, VideoRequest
+from server.api.submit import Accepted, accept
 from server.api.views import video_job
-from server.job import Job, JobKind, created_ms_of, is_over
+from server.job import Job, JobKind, Variant, created_ms_of, is_over
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
-VIDEO_TYPE = "video/mp4"
+VARIANTS = {"video": Variant.SAMPLE, "thumbnail": Variant.THUMBNAIL, "spritesheet": Variant.SPRITESHEET}
+"""OpenAI's names."""
+VARIANT_HELP = (
+    "`video`: MP4. `thumbnail`: the middle frame, WebP. `spritesheet`: JPEG of all frames, or of 64 at even "
+    "distances, row by row, as many columns as the square root of their number, rounded up."
+)
+CONTENT_TYPES = ("video/mp4", "image/webp", "image/jpeg")
 TENANT = "public"
 POLL_HEADER = "openai-poll-after-ms"
 """How long OpenAI's client waits between two looks at a video; it goes by the first answer."""
 MIN_POLL_MS = 100.0
 LOOKS_PER_VIDEO = 10
 
+BodyT = TypeVar("BodyT", bound=Body)
+
 logger = logging.getLogger(__name__)
 
 
 async def video_request(request: Request) -> VideoRequest:
-    """The body, JSON or the form that OpenAI's client sends.
+    """The body of a request for a video."""
+    return await _body_of(request, VideoRequest)
+
+
+async def remix_request(request: Request) -> RemixRequest:
+    """The body of a request for a remix."""
+    return await _body_of(request, RemixRequest)
+
+
+async def _body_of(request: Request, schema: type[BodyT]) -> BodyT:
+    """JSON, or the form that OpenAI's client sends.
 
     Raises:
         UnsupportedMediaTypeError: it is declared as something else, or is a form that another site's page
@@ -79,9 +98,9 @@ async def video_request(request: Request) -> VideoRequest:
     media_type = media_type_of(request)
     try:
         if is_json(media_type):
-            return VideoRequest.model_validate(await _json_of(request))
+            return schema.model_validate(await _json_of(request))
         if media_type == "multipart/form-data" and not _is_foreign(request):
-            return VideoRequest.model_validate_strings(await _form_of(request), strict=False)
+            return schema.model_validate_strings(await _form_of(request), strict=False)
     except ValidationError as error:
         problems = [{**problem, "loc": ("body", *problem["loc"])} for problem in error.errors()]
         raise RequestValidationError(problems) from None
@@ -115,13 +134,10 @@ def _is_foreign(request: Request) -> bool:
     return request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
 
 
-REQUEST_BODY = {
-    "required": True,
-    "content": {
-        media_type: {"schema": VideoRequest.model_json_schema()}
-        for media_type in ("application/json", "multipart/form-data")
-    },
-}
+def _json_or_form(schema: type[Body]) -> dict[str, Any]:
+    media_types = ("application/json", "multipart/form-data")
+    content = {media_type: {"schema": schema.model_json_schema()} for media_type in media_types}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 @router.post(
@@ -136,7 +152,7 @@ REQUEST_BODY = {
         FpsNotServedError,
         UnsupportedParameterError,
     ),
-    openapi_extra={"requestBody": REQUEST_BODY},
+    openapi_extra=_json_or_form(VideoRequest),
 )
 async def create_video(
     request: Request,
@@ -148,7 +164,39 @@ async def create_video(
     if refused := body.unsupported():
         param, message = refused
         raise UnsupportedParameterError(message, param=param)
-    accepted = await accept(services, body, idempotency_key)
+    return await _created(services, request, await accept(services, body, idempotency_key))
+
+
+@router.post(
+    "/{job_id}/remix",
+    summary="Make a video like another one",
+    response_model=VideoJob,
+    responses=documented(*BODY_ERRORS, InvalidFormError, JobNotFoundError, *CREATE_ERRORS),
+    openapi_extra=_json_or_form(RemixRequest),
+)
+async def remix_video(
+    job_id: str,
+    request: Request,
+    services: ServicesDep,
+    body: Annotated[RemixRequest, Depends(remix_request)],
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """Another prompt with the model, size, length, steps and seed of a video, finished or not."""
+    job = await find_job(services, job_id, JobKind.VIDEO)
+    as_before = VideoRequest(
+        prompt=body.prompt,
+        model=job.model,
+        size=job.request.bucket.size,
+        frames=job.request.bucket.frames,
+        fps=job.request.fps,
+        seed=job.request.seed,
+        steps=job.request.num_steps,
+    )
+    accepted = await accept(services, as_before, idempotency_key, remix_of=job.id)
+    return await _created(services, request, accepted)
+
+
+async def _created(services: Services, request: Request, accepted: Accepted) -> Response:
     request.state.replayed = accepted.attached  # read by the middleware
     job = await find_job(services, accepted.job_id, JobKind.VIDEO)
     view = await _view(services, request, job)
@@ -225,9 +273,14 @@ async def delete_video(job_id: str, services: ServicesDep) -> VideoDeleted:
     summary="Download a video",
     response_class=Response,
     responses={
-        **documented(*CONTENT_ERRORS, RangeNotSatisfiableError, UnsupportedParameterError),
-        200: {"description": "The file.", "content": {VIDEO_TYPE: {}}},
-        206: {"description": "The part of it that `Range` asks for.", "content": {VIDEO_TYPE: {}}},
+        **documented(
+            *CONTENT_ERRORS, VariantNotFoundError, RangeNotSatisfiableError, UnsupportedParameterError
+        ),
+        200: {"description": "The file.", "content": {media_type: {} for media_type in CONTENT_TYPES}},
+        206: {
+            "description": "The part of it that `Range` asks for.",
+            "content": {media_type: {} for media_type in CONTENT_TYPES},
+        },
         304: {"description": "The client's copy is still good."},
     },
 )
@@ -235,16 +288,18 @@ async def get_video_content(
     job_id: str,
     request: Request,
     services: ServicesDep,
-    variant: Annotated[str, Query(description="Only `video` is there.")] = "video",
+    variant: Annotated[str, Query(description=VARIANT_HELP)] = "video",
 ) -> Response:
-    """The MP4 file, or a part of it, so that a player can seek. It never changes."""
-    if variant != "video":
+    """The file, or a part of it, so that a player can seek. It never changes."""
+    if variant not in VARIANTS:
         raise UnsupportedParameterError(
-            f"variant={variant} is not supported; the only allowed value is video", param="variant"
+            f"variant={variant} is not supported; allowed are {', '.join(VARIANTS)}", param="variant"
         )
     job = await find_job(services, job_id, JobKind.VIDEO)
     await require_done(services, job)
-    output = job.outputs[0]
+    output = job.output(VARIANTS[variant])
+    if output is None:
+        raise VariantNotFoundError(f"video {job_id} was made without a {variant}", param="variant")
     headers = {**content_headers(services, job, output, job_id), "accept-ranges": "bytes"}
     if has_good_copy(request, output):
         return Response(status_code=304, headers=headers)
@@ -265,7 +320,7 @@ async def get_video_content(
 
 @router.post("/{rest:path}", include_in_schema=False)
 async def no_such_operation(rest: str) -> None:
-    """Remix, edits, extensions, characters.
+    """Edits, extensions, characters.
 
     Raises:
         RouteNotFoundError: always.

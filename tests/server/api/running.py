@@ -17,7 +17,7 @@ from PIL import Image
 from engines.bundle.manifest import Manifest
 from server.api.app import create_app
 from server.api.dependencies import Services
-from server.job import UNMEASURED_MS, Job, JobError, OutputRef, sample_seed
+from server.job import UNMEASURED_MS, Job, JobError, OutputRef, Variant, sample_seed
 from server.queue.connection import connect
 from server.queue.records import WorkerInfo
 from server.queue.worker_queue import Lease, Settled, WorkerQueue
@@ -66,6 +66,7 @@ class Worker:
             warnings=("runs eager",),
         )
         self.settled: Settled | None = None  # what became of the last result
+        self.makes_previews = True
 
     def announce(self) -> None:
         self.queue.beat(self.info, self.manifest.model_dump_json())
@@ -128,18 +129,23 @@ class Worker:
             prompt_sha256=prompt_hash(request.prompt),
         )
         packed = pack(frames, "mp4", provenance, fps=request.fps)
-        key = f"{job.id}/{job.attempt}-0.mp4"
-        self.store.put(key, packed.data, packed.content_type)
-        output = OutputRef(
-            key=key,
-            content_type=packed.content_type,
-            size_bytes=len(packed.data),
-            width=bucket.width,
-            height=bucket.height,
-            frames=bucket.frames,
-            seed=request.seed,
-        )
-        self.settled = self.queue.complete(job, [output], TIMING)
+        outputs = []
+        for variant, file in {Variant.SAMPLE: packed, **packed.previews}.items():
+            key = f"{job.id}/{job.attempt}-{variant}.{file.suffix}"
+            self.store.put(key, file.data, file.content_type)
+            outputs.append(
+                OutputRef(
+                    key=key,
+                    content_type=file.content_type,
+                    size_bytes=len(file.data),
+                    width=file.width,
+                    height=file.height,
+                    frames=bucket.frames if variant is Variant.SAMPLE else 1,
+                    seed=request.seed,
+                    variant=variant,
+                )
+            )
+        self.settled = self.queue.complete(job, outputs if self.makes_previews else outputs[:1], TIMING)
         return job
 
     def draw(self) -> Job:

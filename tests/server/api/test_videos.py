@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from typing import Any
 
 import openai
 import pytest
+from PIL import Image
 
 from engines.bundle.bucket import Bucket
 from server.job import GenerationRequest, Job
@@ -101,13 +103,13 @@ async def test_openais_client_is_told_what_is_wrong(
     with pytest.raises(openai.NotFoundError) as unknown:
         await client.videos.retrieve("video_123")
     with pytest.raises(openai.NotFoundError) as remix:
-        await client.videos.remix("video_123", prompt="a blue cube")
+        await client.videos.remix("vid_123", prompt="a blue cube")
 
     assert (size.value.code, size.value.param) == ("size_not_served", "size")
     assert "32x32, 32x48" in size.value.message
     assert (file.value.code, file.value.param) == ("unsupported_parameter", "input_reference")
     assert unknown.value.code == "job_not_found"
-    assert remix.value.code == "route_not_found"
+    assert remix.value.code == "job_not_found"
 
 
 async def test_first_answer_says_how_often_to_look(api: Api, worker: Worker) -> None:
@@ -320,3 +322,90 @@ async def test_openapi_describes_videos(api: Api) -> None:
     assert {"get", "delete"} <= document["paths"]["/v1/videos/{job_id}"].keys()
     assert "/v1/videos/{rest}" not in document["paths"]
     assert "HTTPValidationError" not in json.dumps(document)
+
+
+async def test_video_comes_with_a_thumbnail_and_a_sheet_of_its_frames(api: Api, worker: Worker) -> None:
+    job_id = (await post(api)).json()["id"]
+    url = f"/v1/videos/{job_id}/content"
+    await asyncio.to_thread(worker.draw)
+
+    video, thumbnail, sheet = [
+        await api.client.get(url, params={"variant": variant})
+        for variant in ("video", "thumbnail", "spritesheet")
+    ]
+    assert video.content == (await api.client.get(url)).content
+    assert (thumbnail.status_code, thumbnail.headers["content-type"]) == (200, "image/webp")
+    assert picture_of(thumbnail.content).size == (32, 32)
+    assert (sheet.status_code, sheet.headers["content-type"]) == (200, "image/jpeg")
+    assert picture_of(sheet.content).size == (3 * 32, 3 * 32)
+    assert len({answer.headers["etag"] for answer in (video, thumbnail, sheet)}) == 3
+    for answer in (thumbnail, sheet):
+        provenance = read_provenance(answer.content)
+        assert provenance is not None
+        assert provenance.prompt_sha256 == prompt_hash("a red cube")
+
+    wrong = await api.client.get(url, params={"variant": "gif"})
+    assert error_of(wrong) == (422, "unsupported_parameter", "variant")
+    await api.client.delete(f"/v1/videos/{job_id}")
+    assert api.services.store.listing() == {}
+
+
+async def test_video_of_a_worker_that_made_no_previews_says_so(api: Api, worker: Worker) -> None:
+    worker.makes_previews = False
+    job_id = (await post(api)).json()["id"]
+    await asyncio.to_thread(worker.draw)
+    url = f"/v1/videos/{job_id}/content"
+    assert (await api.client.get(url)).status_code == 200
+    missing = await api.client.get(url, params={"variant": "thumbnail"})
+    assert error_of(missing) == (404, "variant_not_found", "variant")
+
+
+async def test_remix_takes_all_but_the_prompt_from_a_video(
+    api: Api, worker: Worker, client: openai.AsyncOpenAI
+) -> None:
+    first = (await post(api, {"seed": 7, "steps": 2, "size": "32x48", "seconds": 1})).json()
+    remix = await client.videos.remix(first["id"], prompt="a blue cube")  # a form; the first is still queued
+
+    assert remix.remixed_from_video_id == first["id"] != remix.id
+    again = await look(api, remix.id)
+    assert again["prompt"] == "a blue cube"
+    same = ("model", "size", "seconds", "frames", "fps", "seed", "steps")
+    assert [again[name] for name in same] == [first[name] for name in same]
+    assert first["remixed_from_video_id"] is None
+
+    url, body = f"/v1/videos/{first['id']}/remix", {"prompt": "a blue cube"}
+    keyed = [await api.client.post(url, json=body, headers={"idempotency-key": "a key"}) for _ in range(2)]
+    assert len({answer.json()["id"] for answer in keyed}) == 1
+    assert keyed[0].headers["location"].endswith(keyed[0].json()["id"])
+    # asked for in full it is another request: it would not say what it was made from
+    asked = {**body, **{name: first[name] for name in ("model", "size", "frames", "seed", "steps")}}
+    plain = await api.client.post("/v1/videos", json=asked, headers={"idempotency-key": "a key"})
+    assert error_of(plain) == (422, "idempotency_mismatch", "Idempotency-Key")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "  "}, "prompt"),
+        ({"prompt": "a cube", "seed": 7}, "seed"),
+        ({"prompt": 7}, "prompt"),
+    ],
+)
+async def test_remix_takes_a_prompt_and_nothing_else(
+    body: dict[str, Any], param: str, api: Api, worker: Worker
+) -> None:
+    first = (await post(api)).json()
+    refused = await api.client.post(f"/v1/videos/{first['id']}/remix", json=body)
+    assert error_of(refused) == (422, "invalid_request", param)
+    assert len(worker.jobs()) == 1
+
+
+async def test_remix_of_a_picture_or_of_nothing_is_not_found(api: Api, worker: Worker) -> None:
+    for job_id in ("vid_0123456789ab0123456789abcdef01234567", "img_0123456789ab0123456789abcdef01234567"):
+        refused = await api.client.post(f"/v1/videos/{job_id}/remix", json={"prompt": "a cube"})
+        assert error_of(refused) == (404, "job_not_found", "id")
+
+
+def picture_of(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
