@@ -98,7 +98,7 @@ class GenerationRequest:
         num_samples: at least 1. Sample `i` is generated with `sample_seed(seed, i)`.
         bucket: height and width in pixels, and number of frames.
         num_steps: denoiser calls per sample.
-        output_format: png, jpeg, webp or mp4.
+        output_format: png, jpeg or webp; mp4 or webm.
         quality: 0 to 100 for jpeg and webp; None leaves it to the packer.
         fps: frames per second of a video; None for images.
         remix_of: the video whose settings these are, with another prompt.

@@ -26,6 +26,7 @@ def _whole(value: object) -> object:
 Whole = Annotated[int, BeforeValidator(_whole)]
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 OutputFormat = Literal["png", "jpeg", "webp"]
+VideoFormat = Literal["mp4", "webm"]
 ResponseFormat = Literal["url", "b64_json"]
 Status = Literal["queued", "in_progress", "completed", "failed", "expired"]
 
@@ -126,6 +127,7 @@ class VideoRequest(SampleRequest):
     fps: Whole | None = Field(
         default=None, ge=1, le=240, description="Frames per second; only the model's own is allowed."
     )
+    output_format: VideoFormat = Field(default="mp4", description="mp4: H.264; webm: VP9.")
 
     def unsupported(self) -> tuple[str, str] | None:
         """As `GenerationsRequest.unsupported`."""
@@ -231,10 +233,11 @@ class VideoJob(BaseModel):
     )
     error: JobErrorView | None = None
     remixed_from_video_id: str | None = None
-    url: str | None = Field(default=None, description="Of the MP4 file, once completed.")
+    url: str | None = Field(default=None, description="Of the file, once completed.")
     size_bytes: int | None = None
     frames: int
     fps: int
+    output_format: VideoFormat
     seed: int
     steps: int
     queue_position: int | None = Field(default=None, description="Jobs ahead of it, at most; while queued.")

@@ -170,7 +170,7 @@ def _complete(body: SampleRequest, manifest: Manifest) -> GenerationRequest:
             bucket=pick_video_bucket(body, manifest, fps),
             seed=seed,
             num_steps=pick_steps(body.steps, manifest),
-            output_format="mp4",
+            output_format=body.output_format,
             fps=fps,
         )
     assert isinstance(body, DrawingRequest)

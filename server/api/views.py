@@ -146,6 +146,7 @@ def video_job(
         size_bytes=job.outputs[0].size_bytes if done else None,
         frames=request.bucket.frames,
         fps=request.fps,
+        output_format="webm" if request.output_format == "webm" else "mp4",
         seed=request.seed,
         steps=request.num_steps,
         queue_position=queue_position if job.status is JobStatus.QUEUED else None,

@@ -41,8 +41,7 @@ def encode(frames: NDArray[np.uint8], fps: int, xmp: str) -> bytes:
     Raises:
         ValueError: another shape, or sides that are odd.
     """
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"frames of shape {frames.shape}: mp4 holds (F, H, W, 3), H and W even")
+    check_frames(frames, "mp4")
     with tempfile.TemporaryDirectory(prefix="mp4-") as folder:  # faststart reads again what was written
         path = Path(folder) / "video.mp4"
         with av.open(str(path), "w", options=MUXER_OPTIONS) as container:
@@ -53,19 +52,34 @@ def encode(frames: NDArray[np.uint8], fps: int, xmp: str) -> bytes:
             codec.thread_count = 1
             codec.gop_size = fps
             codec.max_b_frames = 0  # the first frame is then shown at 0, without an edit list
-            codec.color_primaries = codec.color_trc = codec.colorspace = BT709
-            codec.color_range = int(ColorRange.MPEG)
-            for pixels in frames:
-                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                frame = rgb.reformat(
-                    format="yuv420p",
-                    src_colorspace=Colorspace.ITU709,
-                    dst_colorspace=Colorspace.ITU709,
-                    dst_color_range=ColorRange.MPEG,
-                )
+            for frame in bt709_frames(frames, codec):
                 container.mux(stream.encode(frame))
             container.mux(stream.encode(None))
         return path.read_bytes() + _box(b"uuid", XMP_BOX + xmp.encode())
+
+
+def check_frames(frames: NDArray[np.uint8], output_format: str) -> None:
+    """Return if an encoder takes frames of this shape.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise ValueError(f"frames of shape {frames.shape}: {output_format} holds (F, H, W, 3), H and W even")
+
+
+def bt709_frames(frames: NDArray[np.uint8], codec: av.VideoCodecContext) -> Iterator[av.VideoFrame]:
+    """RGB frames, (F, H, W, 3), as yuv420p in BT.709, studio range; tells the codec so."""
+    codec.color_primaries = codec.color_trc = codec.colorspace = BT709
+    codec.color_range = int(ColorRange.MPEG)
+    for pixels in frames:
+        rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        yield rgb.reformat(
+            format="yuv420p",
+            src_colorspace=Colorspace.ITU709,
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+        )
 
 
 def read_xmp(data: bytes) -> str | None:

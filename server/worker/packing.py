@@ -1,4 +1,4 @@
-"""Packing: pixels to the bytes of a PNG, JPEG, WebP or MP4 file that says where it comes from.
+"""Packing: pixels to the bytes of a PNG, JPEG, WebP, MP4 or WebM file that says where it comes from.
 
 Every file carries an XMP packet: the IPTC digital source type that marks machine-made pictures, and what
 draws the same picture again. One mechanism for all formats, read by the usual tools (`exiftool -xmp:all`).
@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from server.job import Variant
-from server.worker import mp4
+from server.worker import mp4, webm
 from server.worker.previews import spritesheet, thumbnail
 
 NAMESPACE = "urn:tdm-server:provenance"
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 PNG_XMP = "XML:com.adobe.xmp"
 DEFAULT_QUALITY = 90
-MP4 = "mp4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,21 +77,22 @@ def pack(
 
     Args:
         pixels: (F, H, W, 3) RGB; image formats hold one frame.
-        output_format: `mp4`, or a key of FORMATS.
+        output_format: a key of FORMATS or of VIDEO_FORMATS.
         provenance: goes into the file's XMP packet.
         quality: 0 to 100 for jpeg and webp, 90 if None; the others ignore it.
         fps: frames per second of a video.
     Raises:
         ValueError: unknown format, a shape that it does not hold, or a video without `fps`.
     """
-    if output_format == MP4:
+    if output_format in VIDEO_FORMATS:
         if not fps:
             raise ValueError("a video needs its frames per second")
+        content_type, encode_video = VIDEO_FORMATS[output_format]
+        data = encode_video(pixels, fps, _xmp(provenance))
         height, width = pixels.shape[1:3]
-        data = mp4.encode(pixels, fps, _xmp(provenance))
-        return Packed(data, mp4.CONTENT_TYPE, "mp4", width, height, _previews(pixels, provenance))
+        return Packed(data, content_type, output_format, width, height, _previews(pixels, provenance))
     if output_format not in FORMATS:
-        raise ValueError(f"output format {output_format!r}: allowed are {sorted([*FORMATS, MP4])}")
+        raise ValueError(f"output format {output_format!r}: allowed are {sorted([*FORMATS, *VIDEO_FORMATS])}")
     if pixels.ndim != 4 or pixels.shape[0] != 1 or pixels.shape[3] != 3:
         raise ValueError(f"pixels of shape {pixels.shape}: {output_format} holds (1, H, W, 3)")
     quality = DEFAULT_QUALITY if quality is None else quality
@@ -118,6 +118,8 @@ def read_provenance(data: bytes) -> Provenance | None:
     """What `pack` wrote into a file, or None if it was not made by us or has been stripped."""
     if mp4.is_mp4(data):
         xmp: str | bytes = mp4.read_xmp(data) or ""
+    elif webm.is_webm(data):
+        xmp = webm.read_xmp(data) or ""
     else:
         with Image.open(io.BytesIO(data)) as image:
             xmp = image.info.get("xmp") or image.info.get(PNG_XMP) or b""
@@ -160,7 +162,12 @@ def _xmp(provenance: Provenance) -> str:
 PNG_LEVEL = 1
 
 Encoder = Callable[[Image.Image, io.BytesIO, str, int], None]
-# What holds one picture; videos have MP4.
+VideoEncoder = Callable[[NDArray[np.uint8], int, str], bytes]
+VIDEO_FORMATS: Mapping[str, tuple[str, VideoEncoder]] = {
+    "mp4": (mp4.CONTENT_TYPE, mp4.encode),
+    "webm": (webm.CONTENT_TYPE, webm.encode),
+}
+# What holds one picture.
 FORMATS: Mapping[str, tuple[str, str, Encoder]] = {
     "png": ("image/png", "png", _encode_png),
     "jpeg": ("image/jpeg", "jpg", _encode_jpeg),

@@ -179,7 +179,7 @@ async function draw() {
     if (job.status === "failed") throw new ApiError(500, job.error);
     if (job.status === "expired") throw new ApiError(410, { code: "result_expired", message: "the result is no longer kept" });
     const elapsedMs = performance.now() - started;
-    if (video) Object.assign(job, { data: [{ url: job.url, seed: job.seed }], output_format: "mp4" });
+    if (video) Object.assign(job, { data: [{ url: job.url, seed: job.seed }] });
     await Promise.all(job.data.map(({ url }) => (video ? preloadVideo(url) : preload(url))));
     if (state.run === run) remember({ job, elapsedMs });
   } catch (error) {

@@ -61,10 +61,11 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"])
 VARIANTS = {"video": Variant.SAMPLE, "thumbnail": Variant.THUMBNAIL, "spritesheet": Variant.SPRITESHEET}
 """OpenAI's names."""
 VARIANT_HELP = (
-    "`video`: MP4. `thumbnail`: the middle frame, WebP. `spritesheet`: JPEG of all frames, or of 64 at even "
-    "distances, row by row, as many columns as the square root of their number, rounded up."
+    "`video`: MP4 or WebM, as was asked for. `thumbnail`: the middle frame, WebP. `spritesheet`: JPEG of all "
+    "frames, or of 64 at even distances, row by row, as many columns as the square root of their number, "
+    "rounded up."
 )
-CONTENT_TYPES = ("video/mp4", "image/webp", "image/jpeg")
+CONTENT_TYPES = ("video/mp4", "video/webm", "image/webp", "image/jpeg")
 TENANT = "public"
 POLL_HEADER = "openai-poll-after-ms"
 """How long OpenAI's client waits between two looks at a video; it goes by the first answer."""
@@ -191,6 +192,7 @@ async def remix_video(
         fps=job.request.fps,
         seed=job.request.seed,
         steps=job.request.num_steps,
+        output_format="webm" if job.request.output_format == "webm" else "mp4",
     )
     accepted = await accept(services, as_before, idempotency_key, remix_of=job.id)
     return await _created(services, request, accepted)

@@ -128,7 +128,7 @@ class Worker:
             num_steps=request.num_steps,
             prompt_sha256=prompt_hash(request.prompt),
         )
-        packed = pack(frames, "mp4", provenance, fps=request.fps)
+        packed = pack(frames, request.output_format, provenance, fps=request.fps)
         outputs = []
         for variant, file in {Variant.SAMPLE: packed, **packed.previews}.items():
             key = f"{job.id}/{job.attempt}-{variant}.{file.suffix}"

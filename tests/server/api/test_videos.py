@@ -318,7 +318,7 @@ async def test_openapi_describes_videos(api: Api) -> None:
         assert code in create["responses"]["422"]["description"]
     content = document["paths"]["/v1/videos/{job_id}/content"]["get"]["responses"]
     assert {"200", "206", "304", "404", "410", "416", "422"} <= content.keys()
-    assert content["206"]["content"].keys() == {"video/mp4"}
+    assert content["206"]["content"].keys() == {"video/mp4", "video/webm", "image/webp", "image/jpeg"}
     assert {"get", "delete"} <= document["paths"]["/v1/videos/{job_id}"].keys()
     assert "/v1/videos/{rest}" not in document["paths"]
     assert "HTTPValidationError" not in json.dumps(document)
@@ -348,6 +348,21 @@ async def test_video_comes_with_a_thumbnail_and_a_sheet_of_its_frames(api: Api, 
     assert error_of(wrong) == (422, "unsupported_parameter", "variant")
     await api.client.delete(f"/v1/videos/{job_id}")
     assert api.services.store.listing() == {}
+
+
+async def test_video_is_webm_where_that_is_asked_for(api: Api, worker: Worker) -> None:
+    created = (await post(api, {"output_format": "webm"})).json()
+    await asyncio.to_thread(worker.draw)
+    done = await look(api, created["id"])
+    content = await api.client.get(done["url"])
+    assert (created["output_format"], content.headers["content-type"]) == ("webm", "video/webm")
+    assert content.headers["content-disposition"] == f'inline; filename="{done["id"]}.webm"'
+    assert num_frames(content.content) == 9
+    remix = await api.client.post(f"/v1/videos/{done['id']}/remix", json={"prompt": "a cube"})
+    assert remix.json()["output_format"] == "webm"
+
+    refused = await post(api, {"output_format": "gif"})
+    assert error_of(refused) == (422, "invalid_request", "output_format")
 
 
 async def test_video_of_a_worker_that_made_no_previews_says_so(api: Api, worker: Worker) -> None:
