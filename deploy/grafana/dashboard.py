@@ -279,7 +279,7 @@ ROWS: dict[str, list[Panel]] = {
                 "{{class}} forgotten, ever": gauge("tdm_jobs_forgotten"),
             },
         ),
-        Panel(title="Append-only file is written", kind="stat", queries={"": "min(tdm_redis_aof_ok)"}),
+        Panel(title="Append-only file is written", kind="stat", queries={"": "max(tdm_redis_aof_ok)"}),
         Panel(
             title="Commands and late fsyncs",
             queries={
