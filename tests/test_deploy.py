@@ -135,7 +135,8 @@ def test_compose_builds_targets_that_exist(compose: dict[str, Any]) -> None:
 
 def test_containers_set_only_settings_that_exist(compose: dict[str, Any]) -> None:
     known = {f"TDM_{name.upper()}" for name in Settings.model_fields}
-    used = {name for service in compose["services"].values() for name in service.get("environment", {})}
+    ours = [one for one in compose["services"].values() if "build" in one]
+    used = {name for service in ours for name in service.get("environment", {})}
     used |= set(re.findall(r"\bTDM_[A-Z_]+", (ROOT / "Dockerfile").read_text(encoding="utf-8")))
     assert used
     assert used <= known
@@ -155,6 +156,20 @@ def test_prometheus_scrapes_the_ports_that_serve_metrics(compose: dict[str, Any]
         for name, service in compose["services"].items()
         if service.get("build", {}).get("target") in ("api", "worker")
     }
+
+
+def test_grafana_finds_prometheus_and_the_dashboard(compose: dict[str, Any]) -> None:
+    mounted = dict(volume.split(":")[:2] for volume in compose["services"]["grafana"]["volumes"])
+    provisioning = ROOT / "deploy/grafana/provisioning"
+    assert mounted["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text("utf-8"))[
+        "datasources"
+    ]
+    host, port = source["url"].removeprefix("http://").split(":")
+    assert source["type"] == "prometheus"
+    assert port in compose["services"][host]["ports"][0].split(":")
+    (provider,) = yaml.safe_load((provisioning / "dashboards/tdm.yml").read_text("utf-8"))["providers"]
+    assert mounted["./deploy/grafana/tdm.json"] == f"{provider['options']['path']}/tdm.json"
 
 
 def test_every_shipped_student_is_built_and_served(compose: dict[str, Any]) -> None:
