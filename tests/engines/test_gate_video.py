@@ -48,7 +48,7 @@ def test_videos_are_measured_read_and_shown_as_filmstrips(gate: Gate) -> None:
     assert list(report["setup"]["groups"]) == ["seen", "held_out"]
     keys = ["real", "vae", "teacher-4-cfg", "teacher-4", "teacher-2-cfg", "teacher-2", "student-4"]
     assert [row["key"] for row in report["rows"]] == keys
-    assert len(report["criteria"]) == 5
+    assert len(report["criteria"]) == 7
     assert "accuracy (seen pairs)" in report["criteria"][0]["text"]
     table = (gate.config.out / "report.md").read_text()
     assert "| exact %, seen pairs | exact %, held-out pairs |" in table
