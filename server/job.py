@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -34,6 +35,7 @@ class JobKind(StrEnum):
 
 ID_PREFIX = {JobKind.IMAGE: "img", JobKind.VIDEO: "vid"}
 _JOB_ID = re.compile(rf"(?:{'|'.join(ID_PREFIX.values())})_([0-9a-f]{{12}})[0-9a-f]{{20}}")
+_HOUR = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}")
 
 
 class JobStatus(StrEnum):
@@ -263,6 +265,28 @@ def created_ms_of(job_id: str) -> int | None:
     """When an id was made, in unix ms; None if it is not a job id at all."""
     found = _JOB_ID.fullmatch(job_id)
     return int(found[1], 16) if found else None
+
+
+def result_folders(job_id: str) -> list[str]:
+    """Where in the store a job's files lie: new ones in the first folder; earlier versions had the other."""
+    created_ms = created_ms_of(job_id)
+    try:
+        hour = datetime.fromtimestamp((created_ms or 0) / 1000, UTC)
+    except (ValueError, OverflowError):  # no clock has ever made this id
+        return [job_id]
+    return [job_id] if created_ms is None else [f"{hour:%Y-%m-%dT%H}/{job_id}", job_id]
+
+
+def begun_ms_of(folder: str) -> int:
+    """Unix ms before which no file can have come into a folder of the store that has this name, an hour or a
+    job id; 0 where the name does not tell.
+    """
+    if _HOUR.fullmatch(folder):
+        try:
+            return round(datetime.strptime(f"{folder}+0000", "%Y-%m-%dT%H%z").timestamp() * 1000)
+        except ValueError:  # 2026-13-99T25
+            return 0
+    return created_ms_of(folder) or 0
 
 
 def new_job(

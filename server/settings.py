@@ -90,8 +90,6 @@ class Settings(BaseSettings):
     """Set by the supervisor: the listening socket that the api process inherits."""
     worker_index: int = Field(default=0, ge=0)
     """Set by the supervisor: which worker of this machine this is."""
-    worker_expires: bool | None = None
-    """Set by the supervisor: whether this worker removes old results; by default worker 0 does."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -159,7 +157,6 @@ class Settings(BaseSettings):
         if not self.redis_url:
             raise ValueError("TDM_REDIS_URL is empty; only `python -m server up` starts a Valkey of its own")
         return WorkerSettings(
-            expires=self.worker_index == 0 if self.worker_expires is None else self.worker_expires,
             redis_url=self.redis_url,
             bundle=self.bundle_paths[0],
             bundle_key_file=self.bundle_key_file,
@@ -167,7 +164,6 @@ class Settings(BaseSettings):
             num_threads=self.worker_threads,
             store_url=self.results_url,
             lease_s=self.lease_s,
-            result_ttl_s=self.result_ttl_s,
             host=self.host,
             metrics_port=self.metrics_port + 1 + self.worker_index if self.metrics_port else 0,
             log_level=self.log_level,
@@ -178,15 +174,12 @@ class Settings(BaseSettings):
 class WorkerSettings:
     """What one worker process needs to know; everything is resolved."""
 
-    expires: bool
-    """Remove old results."""
     redis_url: str
     bundle: Path
     backend: Backend
     num_threads: int
     store_url: str
     lease_s: float
-    result_ttl_s: int
     host: str
     metrics_port: int
     """Prometheus port of this worker; 0 means none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from engines.files import atomic_write
+from server.job import begun_ms_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,11 @@ class Stored:
 
 
 NUM_DELETERS = 8
+STEP = 200
+"""Files and folders that one step of `expire` looks at."""
+S3_PAGE = 1000
+"""As many keys S3 lists or removes with one call."""
+PUT_TRIES = 5
 # Both s3fs and botocore try again on their own; without these, a store that is away takes a minute to say so.
 S3_OPTIONS = {
     "config_kwargs": {
@@ -38,10 +44,11 @@ S3_OPTIONS = {
 
 
 class ResultStore:
-    """A flat set of keys with bytes behind them. Blocking; safe to use from many threads.
+    """A set of keys with bytes behind them. Blocking; safe to use from many threads.
 
-    Its root is for results alone: `sweep` removes whatever is old there. Readers see all bytes of a key or
-    none. All methods raise OSError where the store does not answer.
+    Keys are `<hour>/<job id>/<file>`, so that what is old can be found without listing everything; any other
+    serves as well. Its root is for results alone: `expire` removes whatever is old there. Readers see all
+    bytes of a key or none. All methods raise OSError where the store does not answer.
     """
 
     def __init__(self, url: str) -> None:
@@ -84,8 +91,7 @@ class ResultStore:
         path = self._path(key)
         with _os_errors():
             if self._is_local:
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(Path(path), data, durable=True)  # an announced result survives power loss
+                self._write(Path(path), data)
             elif _is_s3(self._fs):
                 self._fs.pipe_file(path, data, ContentType=content_type)
             else:
@@ -118,10 +124,12 @@ class ResultStore:
         return True
 
     def delete(self, key: str) -> None:
-        """Remove `key`; nothing happens if it is not there."""
+        """Remove `key`, and the folders that are empty without it; nothing happens if it is not there."""
         path = self._path(key)
         with suppress(FileNotFoundError), _os_errors():
             self._fs.rm_file(path)
+        if self._is_local:
+            self._remove_empty(Path(path).parent)
 
     def listing(self, folder: str = "") -> dict[str, Stored]:
         """Every key, or those in one folder. What comes or goes meanwhile may or may not be in it."""
@@ -137,21 +145,114 @@ class ResultStore:
             }
         return {}
 
-    def sweep(self, older_than_s: float) -> int:
-        """Remove what was stored more than `older_than_s` ago, half-written files included. Returns how many.
+    def empty_folders(self, folder: str = "") -> list[str]:
+        """Folders of a directory that hold nothing at all; object stores have none."""
+        top = self._path(folder) if folder else self._root
+        if not self._is_local:
+            return []
+        return [
+            Path(path).relative_to(self._root).as_posix()
+            for path, folders, files in os.walk(top)
+            if not folders and not files and path != self._root
+        ]
 
-        An object store's own lifecycle rule does the same without listing; use that where there is one.
+    def expire(self, older_than_s: float) -> Iterator[int]:
+        """Remove what was stored more than `older_than_s` ago, half-written files included, a bounded piece
+        of work with each step.
+
+        It looks only into folders whose names, hours and job ids, say that they may hold such a thing, and
+        into those whose names do not tell. Several at once do no harm.
+
+        Yields:
+            How many files a step has removed.
         """
-        horizon = time.time() - older_than_s
-        old = [key for key, found in self.listing().items() if found.stored_s < horizon]
-        with ThreadPoolExecutor(NUM_DELETERS, "sweep") as pool:
-            for _ in pool.map(self.delete, old):
-                pass
+        horizon_s = time.time() - older_than_s
         if self._is_local:
-            for folder in {Path(self._path(key)).parent for key in old}:
-                with suppress(OSError):  # other files are in it
-                    folder.rmdir()
-        return len(old)
+            looks, removed = 0, 0
+            for is_removed in _expire_directory(self._root, horizon_s):
+                looks, removed = looks + 1, removed + is_removed
+                if looks == STEP:
+                    yield removed
+                    looks, removed = 0, 0
+            yield removed
+            return
+        for stored in self._pages(horizon_s):
+            old = [path for path, stored_s in stored.items() if stored_s < horizon_s]
+            self._delete_all(old)
+            yield len(old)
+
+    def _pages(self, horizon_s: float) -> Iterator[dict[str, float]]:
+        """Objects that may be older than `horizon_s`: where they lie, and when they were stored."""
+        with suppress(FileNotFoundError), _os_errors():
+            self._fs.invalidate_cache()
+            entries: list[dict[str, Any]] = self._fs.ls(self._root, detail=True)
+            yield {info["name"]: _stored_at(info) for info in entries if info["type"] == "file"}
+            folders = [info["name"].rstrip("/") for info in entries if info["type"] == "directory"]
+            for folder in folders:
+                if begun_ms_of(folder.rpartition("/")[2]) / 1000 < horizon_s:
+                    yield from self._pages_of(folder)
+
+    def _pages_of(self, folder: str) -> Iterator[dict[str, float]]:
+        if not _is_s3(self._fs):
+            found: dict[str, dict[str, Any]] = self._fs.find(folder, detail=True)
+            listed = [(path, _stored_at(info)) for path, info in found.items()]
+            for start in range(0, len(listed), STEP):
+                yield dict(listed[start : start + STEP])
+            return
+        bucket, _, prefix = folder.partition("/")
+        after = ""
+        while True:
+            page = self._fs.call_s3(
+                "list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=S3_PAGE, StartAfter=after
+            )
+            found_here = page.get("Contents", [])
+            yield {f"{bucket}/{info['Key']}": _stored_at(info) for info in found_here}
+            if not page.get("IsTruncated"):
+                return
+            after = found_here[-1]["Key"]
+
+    def _delete_all(self, paths: Sequence[str]) -> None:
+        """Remove objects that may be gone already."""
+        if not paths:
+            return
+        with _os_errors():
+            if _is_s3(self._fs):
+                bucket = self._root.partition("/")[0]
+                keys = [{"Key": path.removeprefix(f"{bucket}/")} for path in paths]
+                reply = self._fs.call_s3(
+                    "delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}
+                )
+                if errors := reply.get("Errors"):
+                    raise OSError(f"result store: {len(errors)} objects not removed: {errors[0].get('Code')}")
+                return
+            with ThreadPoolExecutor(NUM_DELETERS, "expire") as pool:
+                for _ in pool.map(self._delete_path, paths):
+                    pass
+
+    def _delete_path(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """Write a file, again where somebody removed its folder, which was still empty, meanwhile."""
+        for left in reversed(range(PUT_TRIES)):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(path, data, durable=True)  # an announced result survives power loss
+            except FileNotFoundError:
+                if not left:
+                    raise
+            else:
+                return
+
+    def _remove_empty(self, folder: Path) -> None:
+        """Remove a folder, and those around it, as far as there is nothing in them."""
+        while folder.as_posix() != self._root:
+            try:
+                folder.rmdir()
+            except OSError:  # something is in it, or somebody was faster
+                return
+            folder = folder.parent
 
     def _path(self, key: str) -> str:
         """Where `key` lies.
@@ -163,6 +264,42 @@ class ResultStore:
         if not parts or key.startswith("/") or ".." in parts or "\0" in key:
             raise ValueError(f"store key {key!r}: relative, without '..'")
         return f"{self._root}/{key}"
+
+
+def _expire_directory(folder: str, horizon_s: float) -> Iterator[bool]:
+    """Remove old files under a folder, and the folders that are empty without them.
+
+    Yields:
+        For each file and folder that was looked at, whether it was a file and is removed.
+    """
+    try:
+        entries = os.scandir(folder)
+    except FileNotFoundError:  # somebody else removes as well
+        return
+    with entries:
+        for entry in entries:
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    if begun_ms_of(entry.name) / 1000 < horizon_s:
+                        yield from _expire_folder(entry, horizon_s)
+                elif entry.stat(follow_symlinks=False).st_mtime < horizon_s:
+                    Path(entry).unlink()
+                    yield True
+                    continue
+            except FileNotFoundError:
+                pass
+            yield False
+
+
+def _expire_folder(entry: os.DirEntry[str], horizon_s: float) -> Iterator[bool]:
+    """The same for a folder in a folder; an empty one goes with its last file, or once it is old itself."""
+    goes = entry.stat(follow_symlinks=False).st_mtime < horizon_s
+    for is_removed in _expire_directory(entry.path, horizon_s):
+        goes = goes or is_removed
+        yield is_removed
+    if goes:
+        with suppress(OSError):  # something is in it, or somebody was faster
+            Path(entry).rmdir()
 
 
 def _list_directory(root: Path, top: Path) -> dict[str, Stored]:

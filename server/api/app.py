@@ -13,6 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from server.api.catalog import Catalog
 from server.api.dependencies import Services
+from server.api.expiry import expire_old
 from server.api.handlers import HANDLERS
 from server.api.middleware import BodyLimit, RequestContext
 from server.api.routes import health, images, models, playground, videos
@@ -57,11 +58,12 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
         await queue.start()
         closing = asyncio.Event()
         gauges = asyncio.create_task(_export_gauges(services, closing))
+        expiry = asyncio.create_task(expire_old(services, closing))
         try:
             yield
         finally:
             closing.set()
-            await gauges
+            await asyncio.gather(gauges, expiry)
             await services.catalog.close()
             await queue.close()
 

@@ -18,7 +18,7 @@ from server.job import TERMINAL, Job, Priority, model_tag
 from server.queue.calls import Calls
 from server.queue.clock import RedisClock
 from server.queue.connection import connect_async
-from server.queue.keys import MODELS_KEY, class_prefix, job_key, waiting_key
+from server.queue.keys import EXPIRY_KEY, MODELS_KEY, class_prefix, job_key, waiting_key
 from server.queue.records import (
     EnqueueResult,
     EnqueueStatus,
@@ -303,6 +303,11 @@ class JobQueue:
             delayed_fsyncs=int(info.get("aof_delayed_fsync", 0)),
             commands_per_s=float(info.get("instantaneous_ops_per_sec", 0)),
         )
+
+    async def may_expire(self, period_ms: int) -> bool:
+        """True for one api process in every `period_ms`: old results are removed by that one."""
+        taken = await self._calls.command("SET", EXPIRY_KEY, self._boot, "NX", "PX", period_ms)
+        return taken is not None
 
     async def models(self) -> dict[str, Mapping[str, Any]]:
         """Every model a worker has ever announced here: name -> its bundle's manifest.json, as a dict.

@@ -2,6 +2,8 @@
 
 MODELS_KEY = "q:models"
 """Every class that was ever seen, with its bundle's manifest."""
+EXPIRY_KEY = "q:expiry"
+"""Held by the api process that removes old results now."""
 GROUP = "w"
 """The consumer group of a lane."""
 

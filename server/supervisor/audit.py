@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from server.job import JobStatus, created_ms_of
+from server.job import JobStatus, created_ms_of, result_folders
 from server.queue.census import Census, Letter, Mention, Sight, Sightings, classes_of
 from server.queue.job_queue import DEADLINE_GRACE_MS, SWEEP_S
 from server.queue.worker_queue import MAX_ATTEMPTS
@@ -21,8 +21,8 @@ from server.store import ResultStore, Stored
 # A sweep that is due may be under way, and clocks differ a little.
 OVERDUE_MS = DEADLINE_GRACE_MS + int(SWEEP_S * 1000) + 5_000
 SECOND_LOOK_S = 1.0
-# The objects of more suspicious jobs than this are found in one listing of the whole store.
-MAX_FOLDERS = 100
+# What is suspicious in more folders than this is found in one listing of the whole store.
+MAX_FOLDERS = 200
 
 Objects = Mapping[str, Mapping[str, Stored]]
 """Job id -> store key -> what lies there."""
@@ -48,10 +48,11 @@ class Code(StrEnum):
     TWICE = "twice"
     UNEARNED = "unearned"
     PARTIAL = "partial"
+    EMPTY_FOLDER = "empty_folder"
 
 
-LEFTOVERS = frozenset({Code.TWICE, Code.UNEARNED, Code.PARTIAL})
-"""What a killed worker leaves behind: bytes that no record names and no client can see, until they expire."""
+LEFTOVERS = frozenset({Code.TWICE, Code.UNEARNED, Code.PARTIAL, Code.EMPTY_FOLDER})
+"""What a killed worker leaves behind: what no record names and no client can see, until it expires."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -113,8 +114,7 @@ def audit(
     if suspected:
         wait()
         suspects = {finding.id for finding in suspected}
-        folders = {finding.id for finding in suspected if finding.object}
-        again, _ = auditor.examine(seen.only(suspects), folders)
+        again, _ = auditor.examine(seen.only(suspects), _places_of(suspected))
         wrong = {(finding.code, finding.id, finding.object) for finding in suspected}
         found = sorted(finding for finding in again if (finding.code, finding.id, finding.object) in wrong)
     return Report(
@@ -150,16 +150,16 @@ class _Auditor:
         seen.jobs.setdefault(job_id, set())
 
     def examine(
-        self, seen: Sightings, folders: Collection[str] | None = None
+        self, seen: Sightings, places: Collection[str] = ("",)
     ) -> tuple[list[Finding], dict[str, int]]:
-        """Judge everything seen, and the objects of all jobs or of some."""
+        """Judge everything seen, and the objects in some folders of the store; "" is all of it."""
         holders = self._census.holders(seen.keys)
         letters = self._census.kept(seen.letters)
         for job_id in [*(holder for holder, _ in holders.values()), *(letter.job_id for letter in letters)]:
             self.mention(seen, job_id)
         sights = self._census.look(seen.jobs)
         # Only after the records: a result is stored before its job is done, so a done one's must be there.
-        objects = self._objects(folders)
+        objects, empty = self._objects(places)
         # And once more the records of those whose objects may have come since.
         for job_id in objects:
             self.mention(seen, job_id)
@@ -172,19 +172,20 @@ class _Auditor:
         ]
         findings += self._judge_keys(holders, sights)
         findings += self._judge_letters(letters, sights)
+        findings += [
+            Finding(Code.EMPTY_FOLDER, _job_of(folder), "a folder without a file", folder) for folder in empty
+        ]
         return findings, self._count(sights, objects, letters, holders)
 
-    def _objects(self, folders: Collection[str] | None) -> Objects:
-        if folders is None or len(folders) > MAX_FOLDERS or not all(map(created_ms_of, folders)):
-            listed = self._store.listing()
-        else:
-            listed = {key: found for folder in folders for key, found in self._store.listing(folder).items()}
+    def _objects(self, places: Collection[str]) -> tuple[Objects, list[str]]:
+        """The files in some folders, and which folders there are empty."""
         objects: dict[str, dict[str, Stored]] = defaultdict(dict)
-        for key, found in listed.items():
-            job_id = key.partition("/")[0]
-            if folders is None or job_id in folders:
-                objects[job_id][key] = found
-        return objects
+        empty: list[str] = []
+        for place in places:
+            for key, found in self._store.listing(place).items():
+                objects[_job_of(key)][key] = found
+            empty += self._store.empty_folders(place)
+        return objects, empty
 
     def _judge(self, job_id: str, looks: Sequence[Sight], objects: Mapping[str, Stored]) -> Iterator[Finding]:
         job = _record(looks)
@@ -303,6 +304,24 @@ def _record(looks: Sequence[Sight]) -> Sight | None:
 def _is_final(looks: Sequence[Sight]) -> bool:
     job = _record(looks)
     return job is not None and not job.unfinished
+
+
+def _places_of(findings: Sequence[Finding]) -> set[str]:
+    """Where to look again at the objects that are suspicious, and at what else their jobs may have stored."""
+    places: set[str] = set()
+    for finding in findings:
+        if finding.object:
+            is_folder = finding.code is Code.EMPTY_FOLDER
+            places.add(finding.object if is_folder else finding.object.rpartition("/")[0])
+            if created_ms_of(finding.id) is not None:
+                places.update(result_folders(finding.id))
+    return {""} if "" in places or len(places) > MAX_FOLDERS else places
+
+
+def _job_of(key: str) -> str:
+    """The job whose file or folder this is; for what is nobody's, the folder it lies in."""
+    names = key.split("/")
+    return next((name for name in names if created_ms_of(name) is not None), names[0])
 
 
 def _is_partial(key: str) -> bool:

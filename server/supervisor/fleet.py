@@ -30,8 +30,8 @@ GRACE_S = 30.0
 
 T = TypeVar("T")
 
-Hire = Callable[[Path, int, bool, str], Child]
-"""(bundle, index, whether it removes old results, its GPU or "") -> a worker that is not started yet."""
+Hire = Callable[[Path, int, str], Child]
+"""(bundle, index, its GPU or "") -> a worker that is not started yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,9 +312,7 @@ class Fleet:
         for bundle, gpu in zip(bundles, gpus, strict=True):
             index = next(number for number in range(len(taken) + 1) if number not in taken)
             taken.add(index)
-            # One worker of each crew of the first model: whichever crew stays, somebody removes old results.
-            expires = not workers and model == next(iter(self._posts))
-            workers[index] = self._hire(bundle, index, expires, gpu)
+            workers[index] = self._hire(bundle, index, gpu)
         self._crews[model][version] = Crew(version, workers, on_trial=on_trial)
 
     async def _decide(self, model: str, route: Route) -> bool:

@@ -138,15 +138,14 @@ def plan_api(settings: Settings, redis_url: str, listener: socket.socket) -> Chi
     )
 
 
-def hire(settings: Settings, redis_url: str, bundle: Path, index: int, expires: bool, gpu: str) -> Child:
-    """A worker for one bundle; `expires`: it removes old results; `gpu`: the only one it sees, or ""."""
+def hire(settings: Settings, redis_url: str, bundle: Path, index: int, gpu: str) -> Child:
+    """A worker for one bundle; `gpu`: the only one it sees, or ""."""
     limits = dict.fromkeys(THREAD_LIMITS, settings.worker_threads)
     device = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
     environment = child_environment(
         redis_url=redis_url,
         data_dir=settings.data_dir.resolve(),
         worker_index=index,
-        worker_expires=expires,
         bundles=bundle,
         **limits,
         **device,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from server.job import JobError, JobErrorCode, JobStatus, OutputRef, Variant
+from server.job import JobError, JobErrorCode, JobStatus, OutputRef, Variant, result_folders
 from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError
 from server.queue.worker_queue import Settled, WorkerQueue
@@ -179,7 +179,7 @@ class Finisher:
         self, leased: LeasedJob, index: int, file: Packed, variant: Variant, until: float
     ) -> OutputRef:
         name = str(index) if variant is Variant.SAMPLE else f"{index}-{variant}"
-        key = f"{leased.job.id}/{leased.job.attempt}-{name}.{file.suffix}"
+        key = f"{result_folders(leased.job.id)[0]}/{leased.job.attempt}-{name}.{file.suffix}"
         self._put(key, file, until)
         return OutputRef(
             key=key,

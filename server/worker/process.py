@@ -36,7 +36,6 @@ from server.store import ResultStore
 from server.worker.ages import log_start, process_ages_s
 from server.worker.batch_policy import CostModel
 from server.worker.batcher import Batcher
-from server.worker.expiry import Expiry
 from server.worker.finisher import Finisher
 from server.worker.heartbeat import Heartbeat
 from server.worker.loop import EngineLostError, Worker
@@ -153,7 +152,6 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         clock=queue.clock,
     )
     worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, clock=queue.clock)
-    expiry = Expiry(store, settings.result_ttl_s) if settings.expires else None
     status = EXIT_OK
     try:
         with ExitStack() as ends:  # from the last to the first, each whatever becomes of the others
@@ -163,9 +161,6 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
             ends.callback(queue.leave)
             for part in (heartbeat, finisher, batcher):
                 ends.callback(part.close)
-            if expiry is not None:
-                expiry.start()
-                ends.callback(expiry.close)
             log.info("ready on %s", pipeline.backend, extra={"model": manifest.name, "worker": info.id})
             status = _run(worker)
     except QueueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+from server.job import result_folders
 from tests.failures.conftest import MAX_BATCH
 from tests.failures.deployment import MODEL, PREFIX, Deployment
 from tests.failures.engine import LETHAL
@@ -62,7 +63,7 @@ def test_frozen_worker_that_wakes_after_its_job_was_finished_changes_nothing(dep
     )  # the frozen one is back at work, so it has done with the other
 
     assert api.look(job_id) == done
-    assert [key for key in deployment.files() if key.startswith(job_id)] == [f"{job_id}/2-0.png"]
+    assert [key for key in deployment.files() if job_id in key] == [f"{result_folders(job_id)[0]}/2-0.png"]
 
 
 def test_frozen_worker_that_wakes_in_time_finishes_first_and_the_other_one_is_too_late(
@@ -80,7 +81,7 @@ def test_frozen_worker_that_wakes_in_time_finishes_first_and_the_other_one_is_to
     assert api.post("next").status_code == 200
 
     assert api.look(job_id) == done
-    assert [key for key in deployment.files() if key.startswith(job_id)] == [f"{job_id}/1-0.png"]
+    assert [key for key in deployment.files() if job_id in key] == [f"{result_folders(job_id)[0]}/1-0.png"]
 
 
 def test_poison_request_takes_three_processes_and_no_neighbour(deployment: Deployment) -> None:

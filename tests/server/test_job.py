@@ -14,10 +14,12 @@ from server.job import (
     GenerationRequest,
     JobKind,
     JobStatus,
+    begun_ms_of,
     fingerprint,
     model_tag,
     new_job,
     new_job_id,
+    result_folders,
     sample_seed,
 )
 from tests.server.conftest import request_of
@@ -103,3 +105,24 @@ def test_only_done_failed_and_cancelled_are_final() -> None:
     job = new_job(kind=JobKind.IMAGE, model="scenes", request=request_of("x"), now_ms=1, deadline_ms=2)
     assert {JobStatus.DONE, JobStatus.FAILED, JobStatus.CANCELLED} == TERMINAL
     assert not job.finished
+
+
+def test_results_lie_in_the_hour_of_their_job() -> None:
+    created_ms = 1_800_000_000_000  # 2027-01-15T08:00:00Z
+    first, last = (new_job_id("video", "m", created_ms + more) for more in (0, 3_599_999))
+
+    assert result_folders(first) == [f"2027-01-15T08/{first}", first]
+    assert result_folders(last)[0] == f"2027-01-15T08/{last}"
+    assert begun_ms_of("2027-01-15T08") == begun_ms_of(first) == created_ms
+
+
+@pytest.mark.parametrize("name", ["", "results", "2027-01-15", "2027-13-15T08", "2027-01-15T08:00", "img_1"])
+def test_name_that_is_no_hour_and_no_job_says_nothing_of_its_age(name: str) -> None:
+    assert begun_ms_of(name) == 0
+
+
+def test_id_of_a_time_that_never_comes_has_a_folder_all_the_same() -> None:
+    far = f"img_{'f' * 32}"
+
+    assert result_folders(far) == [far]
+    assert result_folders("img_1") == ["img_1"]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from server.store import ResultStore
+from server.job import new_job_id, result_folders
+from server.store import STEP, ResultStore
 
 KEY = "img_1/1-0.png"
 
@@ -37,19 +38,100 @@ def test_key_that_leaves_the_store_is_refused(store: ResultStore, key: str) -> N
             use(key)
 
 
-def test_sweep_removes_what_is_old_and_nothing_else(tmp_path: Path) -> None:
+def test_what_is_old_goes_and_nothing_else(tmp_path: Path) -> None:
     store = ResultStore(tmp_path.as_uri())
     for key in ("img_old/1-0.png", "img_new/1-0.png"):
         store.put(key, b"x", "image/png")
-    an_hour_ago = time.time() - 3600
-    os.utime(tmp_path / "img_old/1-0.png", (an_hour_ago, an_hour_ago))
-    assert store.sweep(older_than_s=1800) == 1
-    assert store.sweep(older_than_s=1800) == 0
+    make_old(tmp_path / "img_old/1-0.png")
+    assert sum(store.expire(older_than_s=1800)) == 1
+    assert sum(store.expire(older_than_s=1800)) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["img_new"]
 
 
-def test_sweep_of_a_store_that_holds_nothing_yet_is_fine(store: ResultStore) -> None:
-    assert store.sweep(older_than_s=0) == 0
+def test_store_that_holds_nothing_yet_has_nothing_to_expire(store: ResultStore) -> None:
+    assert sum(store.expire(older_than_s=0)) == 0
+
+
+def make_old(path: Path) -> None:
+    an_hour_ago = time.time() - 3600
+    os.utime(path, (an_hour_ago, an_hour_ago))
+
+
+def folder_of(hours_ago: float) -> str:
+    job_id = new_job_id("image", "m", round((time.time() - hours_ago * 3600) * 1000))
+    return result_folders(job_id)[0]
+
+
+def test_only_folders_that_may_hold_what_is_old_are_looked_into(store: ResultStore) -> None:
+    (old, flat_old), (new, flat_new) = (
+        (f"{folder}/1-0.png", f"{folder.partition('/')[2]}/1-0.png") for folder in map(folder_of, (5, -2))
+    )
+    for key in (old, flat_old, new, flat_new, "results/x.png", "x.png"):
+        store.put(key, b"x", "image/png")
+
+    assert sum(store.expire(older_than_s=3600)) == 0
+    # All of them are older than in an hour, but the names of the young folders say that it cannot be.
+    assert sum(store.expire(older_than_s=-3600)) == 4
+    assert store.listing().keys() == {new, flat_new}
+    assert store.empty_folders() == []
+
+
+def test_hour_goes_bit_by_bit_in_bounded_steps(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path.as_uri())
+    hour = folder_of(5).partition("/")[0]
+    for index in range(3 * STEP):
+        (tmp_path / hour / f"job{index}").mkdir(parents=True)
+        (tmp_path / hour / f"job{index}/1-0.png").write_bytes(b"x")
+        if index:
+            make_old(tmp_path / hour / f"job{index}/1-0.png")
+    counts = list(store.expire(older_than_s=1800))
+    assert max(counts) <= STEP
+    assert sum(counts) == 3 * STEP - 1
+    assert [path.name for path in (tmp_path / hour).iterdir()] == ["job0"]
+
+    make_old(tmp_path / hour / "job0/1-0.png")
+    assert sum(store.expire(older_than_s=1800)) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_folder_goes_once_it_is_old(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path.as_uri())
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    make_old(tmp_path / "old")
+    assert sorted(store.empty_folders()) == ["new", "old"]
+    assert sum(store.expire(older_than_s=1800)) == 0
+    assert store.empty_folders() == ["new"]
+
+
+def test_deleted_file_takes_its_empty_folders_along_and_no_other(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path.as_uri())
+    for key in ("hour/a/1.png", "hour/a/2.png", "hour/b/1.png"):
+        store.put(key, b"x", "image/png")
+    store.delete("hour/a/1.png")
+    assert store.listing().keys() == {"hour/a/2.png", "hour/b/1.png"}
+    store.delete("hour/a/2.png")
+    assert [path.name for path in (tmp_path / "hour").iterdir()] == ["b"]
+    store.delete("hour/b/1.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_come_into_folders_that_others_remove_as_empty(tmp_path: Path) -> None:
+    store = ResultStore(tmp_path.as_uri())
+    done = threading.Event()
+
+    def remove() -> None:
+        while not done.is_set():
+            sum(store.expire(older_than_s=3600))
+            store.delete("hour/job/2-0.png")
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    for _ in range(200):
+        store.put("hour/job/1-0.png", b"x", "image/png")
+        store.delete("hour/job/1-0.png")
+    done.set()
+    remover.join()
 
 
 def test_reader_never_sees_half_a_file(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import s3fs
 
+from server.job import new_job_id, result_folders
 from server.store import ResultStore
 from tests.ports import reserve_port
 from tests.s3_server import BUCKET, environment_of, files_of, running_s3
@@ -83,14 +85,25 @@ def test_another_process_s_changes_are_seen_at_once(store: ResultStore, s3_port:
     assert store.exists("img_2/1-0.png")
 
 
-def test_sweep_takes_what_is_old_and_nothing_beside_the_prefix(store: ResultStore, s3_port: int) -> None:
-    for index in range(20):
-        store.put(f"img_{index}/1-0.png", b"x", "image/png")
+def test_what_is_old_goes_and_nothing_beside_the_prefix(
+    store: ResultStore, s3_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.store.S3_PAGE", 3)
+    now_ms = round(time.time() * 1000)
+    old, new = (new_job_id("image", "m", now_ms - hours * 3_600_000) for hours in (5, -2))
+    folder = result_folders(old)[0]
+    for index in range(7):
+        store.put(f"{folder}/1-{index}.png", b"x", "image/png")
+    for key in (f"{old}/1-0.png", "img_1/1-0.png", "1-0.png", f"{result_folders(new)[0]}/1-0.png"):
+        store.put(key, b"x", "image/png")
     files_of(s3_port).pipe_file(f"{BUCKET}/some/other.png", b"not ours")
 
-    assert store.sweep(older_than_s=3600) == 0
-    assert store.sweep(older_than_s=-3600) == 20  # everything is older than in an hour
-    assert files_of(s3_port).find(BUCKET) == [f"{BUCKET}/some/other.png"]
+    assert sum(store.expire(older_than_s=3600)) == 0
+    # All of them are older than in an hour, but the name of the young one's folder says that it cannot be.
+    removed = list(store.expire(older_than_s=-3600))
+    assert (sum(removed), max(removed)) == (10, 3)
+    assert list(store.listing()) == [f"{result_folders(new)[0]}/1-0.png"]
+    assert f"{BUCKET}/some/other.png" in files_of(s3_port).find(BUCKET)
 
 
 def test_many_threads_share_one_store(store: ResultStore) -> None:
@@ -113,7 +126,7 @@ def test_store_that_is_down_is_an_oserror_for_every_verb(lead_to: Callable[[int]
         lambda: store.exists(KEY),
         lambda: store.delete(KEY),
         store.listing,
-        lambda: store.sweep(0),
+        lambda: sum(store.expire(0)),
     ]
     for verb in verbs:
         with pytest.raises(OSError, match="result store") as caught:

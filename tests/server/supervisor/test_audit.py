@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from server.__main__ import main
-from server.job import Job, JobError, JobStatus, OutputRef, new_job_id
+from server.job import Job, JobError, JobStatus, OutputRef, new_job_id, result_folders
 from server.queue.census import Census
 from server.queue.job_queue import JobQueue
 from server.queue.worker_queue import WorkerQueue
@@ -78,7 +78,7 @@ def start_one(worker: WorkerQueue) -> Job:
 
 
 def put(store: ResultStore, job: Job, data: bytes = DATA) -> OutputRef:
-    key = f"{job.id}/{job.attempt}-0.png"
+    key = f"{result_folders(job.id)[0]}/{job.attempt}-0.png"
     store.put(key, data, "image/png")
     return OutputRef(
         key=key, content_type="image/png", size_bytes=len(DATA), width=8, height=8, frames=1, seed=7
@@ -224,11 +224,28 @@ async def test_leftovers_of_killed_workers_are_named_apart(
     ]
 
 
-async def test_objects_nobody_knows_are_orphans(look: Look, store: ResultStore, clock: Clock) -> None:
+@pytest.mark.parametrize("place", [0, 1])
+async def test_objects_nobody_knows_are_orphans(
+    place: int, look: Look, store: ResultStore, clock: Clock
+) -> None:
     job_id = new_job_id("image", MODEL, clock.now_ms)
-    store.put(f"{job_id}/1-0.png", DATA, "image/png")
+    folder = result_folders(job_id)[place]
+    store.put(f"{folder}/1-0.png", DATA, "image/png")
+    assert [(one.code, one.id, one.object) for one in look().mismatches] == [
+        (Code.ORPHAN, job_id, f"{folder}/1-0.png")
+    ]
     store.put("notes/mine.txt", DATA, "text/plain")
     assert codes(look()) == [(Code.ORPHAN, job_id), (Code.ORPHAN, "notes")]
+
+
+async def test_empty_folders_are_leftovers(look: Look, finish: Callable, tmp_path: Path) -> None:
+    job, results = await finish(), tmp_path / "results"
+    other_hour = f"2026-01-01T00/{job.id}"
+    for name in (other_hour, job.id, "nothing"):
+        (results / name).mkdir(parents=True)
+    report = look(wait=(results / "nothing").rmdir)  # it was only about to be filled
+    assert report.mismatches == ()
+    assert leftovers(report) == [(Code.EMPTY_FOLDER, other_hour), (Code.EMPTY_FOLDER, job.id)]
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,12 @@ def bundle(tmp_path: Path) -> Callable[[str], Path]:
 
 async def start(routes: Routes, own: Path, *, version: str = OWN) -> tuple[list[tuple[Path, int, bool]], str]:
     """Start a fleet of two workers; what it hired, and what it said."""
-    hired: list[tuple[Path, int, bool]] = []
+    hired: list[tuple[Path, int]] = []
     said: list[str] = []
 
-    def hire(bundle: Path, index: int, expires: bool, gpu: str) -> Child:
+    def hire(bundle: Path, index: int, gpu: str) -> Child:
         assert gpu == ""
-        hired.append((bundle, index, expires))
+        hired.append((bundle, index))
         return Hired("worker", [], {}, report=said.append)
 
     post = Post(manifest=make_manifest(MODEL, version=version), bundles=[own, own])
@@ -66,7 +66,7 @@ async def test_first_start_decides_on_what_it_is_set_up_with(
 ) -> None:
     own = bundle(OWN)
     hired, _ = await start(routes, own)
-    assert hired == [(own, 0, True), (own, 1, False)]
+    assert hired == [(own, 0), (own, 1)]
     assert routes.get(MODEL) == Route(rev=1, base=OWN, base_bundle=str(own), configured=OWN)
     await start(routes, own)
     assert routes.get(MODEL).rev == 1  # nothing new was decided
@@ -77,7 +77,7 @@ async def test_swapped_in_version_outlasts_a_restart(routes: Routes, bundle: Cal
     decided = Route(base=SWAPPED, base_bundle=str(swapped), configured=OWN, next=OWN, next_bundle=str(own))
     assert routes.put(MODEL, decided)
     hired, said = await start(routes, own)
-    assert [path for path, _, _ in hired] == [swapped, swapped]
+    assert [path for path, _ in hired] == [swapped, swapped]
     assert "as swapped in" in said
     assert routes.get(MODEL).next == OWN  # and what was under way goes on
 
@@ -88,7 +88,7 @@ async def test_what_is_set_up_holds_if_it_was_changed_since_the_swap(
     own, swapped = bundle(OWN), bundle(SWAPPED)
     assert routes.put(MODEL, Route(base=SWAPPED, base_bundle=str(swapped), configured=FORMER))
     hired, _ = await start(routes, own)
-    assert [path for path, _, _ in hired] == [own, own]
+    assert [path for path, _ in hired] == [own, own]
     route = routes.get(MODEL)
     assert (route.base, route.configured) == (OWN, OWN)
 
@@ -101,7 +101,7 @@ async def test_what_is_set_up_holds_if_the_swapped_in_bundle_is_no_longer_there(
     directory = bundle(FORMER) if how == "another" else own.parent / "nowhere"
     assert routes.put(MODEL, Route(base=SWAPPED, base_bundle=str(directory), configured=OWN))
     hired, said = await start(routes, own)
-    assert [path for path, _, _ in hired] == [own, own]
+    assert [path for path, _ in hired] == [own, own]
     assert f"no longer in {directory}" in said
 
 

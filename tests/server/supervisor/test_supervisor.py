@@ -249,7 +249,7 @@ def test_each_worker_on_a_gpu_sees_that_one_alone(tmp_path: Path) -> None:
     assert (posts["gpu"].bundles, posts["gpu"].gpus) == ([bundle, bundle], ["GPU-a", "GPU-b"])
     assert set(posts["cpu"].bundles) == {plain}
     assert set(posts["cpu"].gpus) == {""}
-    worker = hire(settings, "unix:///nowhere", bundle, 1, False, "GPU-b")
+    worker = hire(settings, "unix:///nowhere", bundle, 1, "GPU-b")
     assert (worker._env["TDM_BUNDLES"], worker._env["CUDA_VISIBLE_DEVICES"]) == (str(bundle), "GPU-b")
 
 

@@ -73,14 +73,12 @@ async def queue(url: str) -> AsyncIterator[JobQueue]:
 @pytest.fixture
 def settings(url: str, bundle: Path, tmp_path: Path) -> WorkerSettings:
     return WorkerSettings(
-        expires=True,
         redis_url=url,
         bundle=bundle,
         backend="eager",
         num_threads=1,
         store_url=(tmp_path / "results").as_uri(),
         lease_s=60.0,
-        result_ttl_s=3600,
         host="127.0.0.1",
         metrics_port=0,
         log_level="info",

@@ -11,7 +11,7 @@ import numpy as np
 
 from engines.bundle.bucket import Bucket
 from engines.runtime.pipeline import Sample
-from server.job import Job, JobStatus
+from server.job import Job, JobStatus, result_folders
 from server.queue.connection import connect
 from server.queue.job_queue import JobQueue
 from server.queue.keys import stream_of
@@ -53,8 +53,8 @@ async def test_finished_job_has_its_pictures_and_says_how_long_each_stage_took(
     assert (done.status, done.progress, done.attempt) == (JobStatus.DONE, 100, 1)
     assert set(done.timing) == {"queue", "batch_wait", "encode", "denoise", "decode", "pack", "store"}
     assert [(ref.key, ref.seed) for ref in done.outputs] == [
-        (f"{job.id}/1-0.png", 2**63 - 1),
-        (f"{job.id}/1-1.png", 0),
+        (f"{result_folders(job.id)[0]}/1-0.png", 2**63 - 1),
+        (f"{result_folders(job.id)[0]}/1-1.png", 0),
     ]
     for ref in done.outputs:
         data = store.get(ref.key)
@@ -84,7 +84,11 @@ async def test_clips_are_drawn_as_mp4_files_of_their_frames(
     assert set(first.timing) == {"queue", "batch_wait", "encode", "denoise", "decode", "pack", "store"}
     (ref,) = first.outputs
     data = store.get(ref.key)
-    assert (ref.key, ref.content_type, ref.size_bytes) == (f"{first.id}/1-0.mp4", "video/mp4", len(data))
+    assert (ref.key, ref.content_type, ref.size_bytes) == (
+        f"{result_folders(first.id)[0]}/1-0.mp4",
+        "video/mp4",
+        len(data),
+    )
     assert (ref.width, ref.height, ref.frames, ref.seed) == (32, 32, 9, 7)
     pipeline = video_worker.pipeline
     assert read_provenance(data) == Provenance(

@@ -1,5 +1,6 @@
 """Old results go by themselves, and from the moment they are over the API says so."""
 
+import asyncio
 import dataclasses
 import os
 import time
@@ -8,14 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from redis.exceptions import RedisError
 
+from server.api.expiry import GRACE_S, MAX_PERIOD_S, expire_old
 from server.job import Job, JobStatus, is_over
 from server.settings import EXPIRED_RECORD_S, Settings
 from server.store import ResultStore
-from server.worker.expiry import GRACE_S, MAX_PERIOD_S, Expiry
 from server.worker.finisher import REDIS_PATIENCE_S
 from tests.server.api.running import Api, error_of, running_api
-from tests.server.conftest import poll
+from tests.server.conftest import poll_async
 
 TTL_S = 10
 
@@ -44,30 +46,76 @@ def end_of(api: Api) -> int:
     return job.finished_ms
 
 
-def test_results_past_their_time_go_and_the_others_stay(tmp_path: Path) -> None:
-    store = ResultStore(tmp_path.as_uri())
-    for key in ("img_old/1-0.png", "img_new/1-0.png"):
-        store.put(key, b"x", "image/png")
+@pytest.fixture
+def soon(settings: Settings) -> Settings:
+    """Old results are looked for every second."""
+    return settings.model_copy(update={"result_ttl_s": 1})
+
+
+def put_old(results: Path, key: str) -> None:
+    ResultStore(results.as_uri()).put(key, b"x", "image/png")
     then = time.time() - GRACE_S - 60
-    os.utime(tmp_path / "img_old/1-0.png", (then, then))
-    expiry = Expiry(store, ttl_s=0.05)
-    expiry.start()
-    poll(lambda: not store.exists("img_old/1-0.png"))
-    expiry.close()
+    os.utime(results / key, (then, then))
+
+
+async def test_results_past_their_time_go_and_the_others_stay(soon: Settings, tmp_path: Path) -> None:
+    put_old(tmp_path / "results", "img_old/1-0.png")
+    store = ResultStore(soon.results_url)
+    store.put("img_new/1-0.png", b"x", "image/png")
+
+    async def gone() -> bool:
+        return not store.exists("img_old/1-0.png")
+
+    async with running_api(soon):
+        await poll_async(gone)
     assert store.exists("img_new/1-0.png")
 
 
-def test_store_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
-    store = ResultStore((tmp_path / "out").as_uri())
-    store.put("img_old/1-0.png", b"x", "image/png")
-    then = time.time() - GRACE_S - 60
-    os.utime(tmp_path / "out/img_old/1-0.png", (then, then))
-    (tmp_path / "out").rename(tmp_path / "away")
-    expiry = Expiry(store, ttl_s=0.05)
-    expiry.start()
-    (tmp_path / "away").rename(tmp_path / "out")
-    poll(lambda: not store.exists("img_old/1-0.png"))
-    expiry.close()
+async def test_store_that_does_not_answer_is_asked_again(soon: Settings, tmp_path: Path) -> None:
+    results, away = tmp_path / "results", tmp_path / "away"
+    put_old(results, "img_old/1-0.png")
+    results.rename(away)
+    results.write_text("in the way")
+
+    async def gone() -> bool:
+        return not (away / "img_old").exists() and not (results / "img_old").exists()
+
+    async with running_api(soon) as api:
+        asked = api.worker.redis
+
+        async def tried() -> bool:
+            return bool(asked.exists("q:expiry"))
+
+        await poll_async(tried)
+        results.unlink()
+        away.rename(results)
+        await poll_async(gone)
+
+
+async def test_one_api_process_of_several_removes_old_results(api: Api, settings: Settings) -> None:
+    async with running_api(settings) as other:
+        turns = [await one.services.queue.may_expire(60_000) for one in (api, other, api)]
+
+    assert turns == [True, False, False]
+
+
+async def test_old_results_go_while_redis_is_away(api: Api, soon: Settings, tmp_path: Path) -> None:
+    put_old(tmp_path / "results", "img_old/1-0.png")
+    services = dataclasses.replace(api.services, settings=soon)
+    await services.queue.close()
+    closing = asyncio.Event()
+    api.worker.redis.config_set("maxmemory", 1)  # a lock is refused
+    with pytest.raises(RedisError):
+        await services.queue.may_expire(1000)
+    expiring = asyncio.create_task(expire_old(services, closing))
+
+    async def gone() -> bool:
+        return not (tmp_path / "results/img_old").exists()
+
+    await poll_async(gone)
+    closing.set()
+    await expiring
+    api.worker.redis.config_set("maxmemory", 0)
 
 
 def test_result_is_over_at_its_time_and_not_a_millisecond_before(new: Callable[..., Job]) -> None:
@@ -172,10 +220,10 @@ async def test_store_that_does_not_answer_expires_nothing(api: Api, tmp_path: Pa
     assert error_of(down)[:2] == (503, "store_unavailable")
 
 
-def test_two_sweeps_at_once_do_no_harm(tmp_path: Path) -> None:
+def test_several_at_once_do_no_harm(tmp_path: Path) -> None:
     for index in range(50):
         ResultStore(tmp_path.as_uri()).put(f"img_{index}/1-0.png", b"x", "image/png")
     with ThreadPoolExecutor(4) as pool:
-        sweeps = [pool.submit(ResultStore(tmp_path.as_uri()).sweep, -1.0) for _ in range(4)]
-        assert max(sweep.result() for sweep in sweeps) <= 50
+        rounds = [pool.submit(lambda: sum(ResultStore(tmp_path.as_uri()).expire(-1.0))) for _ in range(4)]
+        assert sum(one.result() for one in rounds) == 50
     assert list(tmp_path.iterdir()) == []
