@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engines.errors import CheckpointError
-from engines.families.checkpoint import check_safetensors, weight_files
+from engines.families.checkpoint import check_safetensors, current_name, weight_files
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def load_weights(part: Path) -> dict[str, Tensor]:
-    """Read all tensors of one part, in the dtype they have on disk.
+    """Read all tensors of one part by their `current_name`, in the dtype they have on disk.
 
     Raises:
         CheckpointError: as `weight_files` and `check_safetensors`, or a tensor cannot be read.
@@ -26,7 +26,7 @@ def load_weights(part: Path) -> dict[str, Tensor]:
     for file in weight_files(part):
         check_safetensors(file)
         try:
-            weights.update(load_file(file))
+            weights |= {current_name(name): tensor for name, tensor in load_file(file).items()}
         except SafetensorError as error:
             raise CheckpointError(f"{part.name}/{file.name}: {error}") from None
     return weights
