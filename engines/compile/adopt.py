@@ -19,7 +19,7 @@ from engines.bundle.bucket import Bucket
 from engines.bundle.integrity import hash_file
 from engines.compile.student_files import student_files
 from engines.errors import ConfigError
-from engines.families.checkpoint import read_json, weight_files
+from engines.families.checkpoint import index_files, read_json, weight_files
 from engines.families.lora import merge_lora, ranks, read_lora
 from engines.families.spec import FamilySpec, family_of
 from engines.families.student import STUDENT, read_student
@@ -112,7 +112,7 @@ def adopt(adoption: Adoption) -> Path:
 def _network_files(base: Path, family: FamilySpec) -> set[str]:
     """Names of the network's weights and of their index."""
     part = base / family.network_part
-    files = [*weight_files(part), *part.glob("*.safetensors.index.json")]
+    files = [*weight_files(part), *index_files(part)]
     return {f"{family.network_part}/{file.name}" for file in files}
 
 

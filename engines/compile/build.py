@@ -30,6 +30,7 @@ from engines.families.checkpoint import read_json
 from engines.families.spec import FamilySpec, get_family
 from engines.families.student import STUDENT, Student
 from engines.families.tokenizer import write_fast_tokenizer
+from engines.families.weights import check_finite
 
 SOFTWARE = ("tdm-server", "torch", "diffusers", "transformers", "tokenizers", "safetensors")
 
@@ -92,6 +93,8 @@ def _copy_checkpoint(settings: BuildSettings) -> Path:
     """The student as the bundle's only copy of the weights, with what is derived from it."""
     checkpoint = settings.out / "checkpoint"
     copy_student(settings.student, checkpoint)
+    for part in sorted({file.parent for file in checkpoint.glob("*/*.safetensors")}):
+        check_finite(part)  # whatever serves it: eager has nothing that it is compared with
     if not (checkpoint.exists() and checkpoint.samefile(settings.student)):
         copy_report(settings.student, settings.out / "report")
     for derived in (checkpoint / name for name in DERIVED):

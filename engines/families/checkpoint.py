@@ -6,6 +6,7 @@ Only safetensors are read. A `.bin`, `.pt` or `.ckpt` file is a pickle, which ru
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,19 @@ from typing import Any
 from engines.errors import CheckpointError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_FORMER_CLASSES = {("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel"}
+"""Classes that diffusers split by their `norm_type`, and what those parts are called since."""
+
+_FORMER_ATTENTION = re.compile(r"(.*\battentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Layers of an autoencoder's attention, as diffusers before 0.17 wrote them and as they are called since."""
+
+
+def current_name(stored: str) -> str:
+    """What today's modules call a tensor that a file of an older diffusers has under the name `stored`."""
+    match = _FORMER_ATTENTION.fullmatch(stored)
+    return f"{match[1]}{_ATTENTION[match[2]]}.{match[3]}" if match else stored
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -40,13 +54,15 @@ def read_config(part: Path) -> dict[str, Any]:
 
 
 def read_part_config(part: Path, expected: str) -> dict[str, Any]:
-    """Read `part/config.json` and check that it describes the class `expected`.
+    """Read `part/config.json` and check that it describes the class `expected`, by its name or a former one.
 
     Raises:
         CheckpointError: the part is missing, or is of another class.
     """
     config = read_config(part)
     names = [config.get("_class_name"), *config.get("architectures", ())]
+    if (former := _FORMER_CLASSES.get((str(names[0]), str(config.get("norm_type"))))) is not None:
+        names.append(former)
     if expected not in names:
         found = next((name for name in names if name), None)
         raise CheckpointError(f"{part.name}/config.json: {expected} is expected, not {found}")
@@ -56,11 +72,13 @@ def read_part_config(part: Path, expected: str) -> dict[str, Any]:
 def weight_files(part: Path) -> list[Path]:
     """The safetensors files of one part: one file, or the shards that an index names.
 
+    Of an index and one of a variant, `*.safetensors.index.fp16.json`, it is the first, as diffusers has it.
+
     Raises:
         CheckpointError: there are none, a shard is missing, several unrelated files could be meant, or the
             weights are pickles.
     """
-    index = next(iter(sorted(part.glob("*.safetensors.index.json"))), None)
+    index = next(iter(index_files(part)), None)
     if index is not None:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -82,6 +100,12 @@ def weight_files(part: Path) -> list[Path]:
         if file.parent != part or not file.is_file():
             raise CheckpointError(f"{part.name}/{file.name}: file is missing from {part}")
     return files
+
+
+def index_files(part: Path) -> list[Path]:
+    """The files that say in which shard a tensor lies; those of variants, such as fp16, come last."""
+    variants = sorted(part.glob("*.safetensors.index.*.json"))
+    return [*sorted(part.glob("*.safetensors.index.json")), *variants]
 
 
 def check_safetensors(file: Path) -> dict[str, Any]:
@@ -112,12 +136,15 @@ def check_safetensors(file: Path) -> dict[str, Any]:
 
 
 def tensor_shapes(part: Path) -> dict[str, list[int]]:
-    """Shape of every tensor of one part, from the headers alone.
+    """Shape of every tensor of one part by its `current_name`, from the headers alone.
 
     Raises:
         CheckpointError: as `weight_files` and `check_safetensors`.
     """
     headers = (check_safetensors(file) for file in weight_files(part))
     return {
-        name: entry["shape"] for header in headers for name, entry in header.items() if name != "__metadata__"
+        current_name(name): entry["shape"]
+        for header in headers
+        for name, entry in header.items()
+        if name != "__metadata__"
     }

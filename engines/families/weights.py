@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from engines.errors import CheckpointError
-from engines.families.checkpoint import check_safetensors, weight_files
+from engines.families.checkpoint import check_safetensors, current_name, weight_files
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def load_weights(part: Path) -> dict[str, Tensor]:
-    """Read all tensors of one part, in the dtype they have on disk.
+    """Read all tensors of one part by their `current_name`, in the dtype they have on disk.
 
     Raises:
         CheckpointError: as `weight_files` and `check_safetensors`, or a tensor cannot be read.
@@ -26,10 +26,38 @@ def load_weights(part: Path) -> dict[str, Tensor]:
     for file in weight_files(part):
         check_safetensors(file)
         try:
-            weights.update(load_file(file))
+            weights |= {current_name(name): tensor for name, tensor in load_file(file).items()}
         except SafetensorError as error:
             raise CheckpointError(f"{part.name}/{file.name}: {error}") from None
     return weights
+
+
+def check_finite(part: Path) -> None:
+    """Read all tensors of one part, one after another, and refuse those that hold NaN or infinity.
+
+    Raises:
+        CheckpointError: as `weight_files` and `check_safetensors`; or names the tensor.
+    """
+    for file in weight_files(part):
+        check_safetensors(file)
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118
+                tensor: Tensor = stream.get_tensor(name)
+                if not _is_finite(tensor):
+                    raise CheckpointError(
+                        f"{part.name}/{file.name}: tensor {name} holds numbers that are not finite (NaN or "
+                        "infinity); nothing can be drawn with it"
+                    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:  # float8 has no comparison of its own
+        tensor = tensor.float()
+    # one pass and no copy; NaN is in both
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
 
 def fill(module: ModuleT, weights: dict[str, Tensor], part: Path, dtype: torch.dtype) -> ModuleT:

@@ -21,7 +21,7 @@ from torch import Tensor
 from engines.bundle.manifest import EngineFile
 from engines.bundle.stages import DType, StageSpec
 from engines.errors import BundleError, CheckpointError
-from engines.families.checkpoint import check_safetensors, weight_files
+from engines.families.checkpoint import check_safetensors, current_name, weight_files
 from engines.runtime.rowwise import quantise_rows
 
 BINDINGS = "bindings"
@@ -34,7 +34,7 @@ class Binding(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tensor: Annotated[str, StringConstraints(min_length=1)]
-    """Name in the safetensors of a part of the checkpoint, or in this file if `own`."""
+    """Its `current_name` in the safetensors of a part of the checkpoint, or in this file if `own`."""
     part: str | None = None
     """Folder under `checkpoint/`; None: the stage's first part."""
     own: bool = False
@@ -98,10 +98,10 @@ class Constants:
         try:
             check_safetensors(file)
             with safe_open(file, framework="pt") as stream:
-                present = set(stream.keys())
-                found = {binding for binding in wanted if binding.tensor in present}
+                stored = {current_name(name): name for name in stream.keys()}  # noqa: SIM118
+                found = {binding for binding in wanted if binding.tensor in stored}
                 for binding in found:
-                    tensor = _as_bound(stream.get_tensor(binding.tensor), binding, self.device)
+                    tensor = _as_bound(stream.get_tensor(stored[binding.tensor]), binding, self.device)
                     self._tensors[place, binding] = self._same(tensor, binding) if binding.own else tensor
         except (CheckpointError, SafetensorError) as error:
             raise BundleError(f"files.{file.relative_to(self._bundle).as_posix()}", str(error)) from None

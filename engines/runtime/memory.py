@@ -17,7 +17,7 @@ from engines.bundle.latency import LatencyRow
 from engines.bundle.manifest import Manifest
 from engines.bundle.stages import Backend, StageSpec
 from engines.errors import MemoryPlanError
-from engines.families.checkpoint import check_safetensors, weight_files
+from engines.families.checkpoint import check_safetensors, current_name, weight_files
 
 FRACTION = 0.92
 """Of the free memory that a plan may fill; the rest is for fragments and what no line below counts."""
@@ -182,7 +182,7 @@ def _tensors(part: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
     for file in weight_files(part):
         for name, entry in check_safetensors(file).items():
             if name != "__metadata__":
-                yield name, entry
+                yield current_name(name), entry
 
 
 def _row_bytes(spec: StageSpec, side: Literal["inputs", "outputs"]) -> int:

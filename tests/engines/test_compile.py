@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import re
 import shutil
 import signal
 import threading
@@ -19,6 +20,7 @@ import torch
 from diffusers import PixArtAlphaPipeline
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engines.__main__ import main
@@ -40,6 +42,7 @@ from engines.compile.verify import verify_bundle
 from engines.errors import CheckpointError, CompileError, ParityError
 from engines.families.spec import get_family
 from engines.families.student import read_student
+from engines.families.weights import load_weights
 from engines.noise import seeded_latents
 from engines.runtime import stages as stages_module
 from engines.runtime.pipeline import Pipeline, Sample
@@ -285,6 +288,24 @@ def test_student_that_did_not_pass_its_gate_is_built_when_asked_for_which_the_bu
     shown = capsys.readouterr().out
     assert summary in shown
     assert ("FAILED" in shown) == bool(verdict.criteria)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("transformer", "proj_out.bias", math.nan), ("vae", "encoder.conv_in.weight", -math.inf)],
+)
+def test_weights_that_are_not_finite_are_refused_though_nothing_is_compiled(
+    part: str, name: str, value: float, tiny_student: Path, tmp_path: Path
+) -> None:
+    student = shutil.copytree(tiny_student, tmp_path / "student")
+    file = student / part / "diffusion_pytorch_model.safetensors"
+    weights = load_weights(student / part)
+    weights[name].view(-1)[-1] = value
+    save_file(weights, file)
+    problem = rf"{part}/{file.name}: tensor {re.escape(name)} holds numbers that are not finite"
+    with pytest.raises(CheckpointError, match=problem):
+        build(build_settings(student, tmp_path / "bundle"))
+    assert not (tmp_path / "bundle" / "manifest.json").exists()
 
 
 def test_student_that_passed_its_gate_needs_no_force(tmp_path: Path) -> None:

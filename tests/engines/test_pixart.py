@@ -15,6 +15,7 @@ from torch import Tensor
 from engines.bundle.stages import StageSpec
 from engines.compile.export import example_inputs, export_stage
 from engines.errors import CheckpointError
+from engines.families.checkpoint import check_safetensors, tensor_shapes, weight_files
 from engines.families.pixart import (
     FAMILY,
     STEPS_EMBEDDING_KEY,
@@ -25,6 +26,7 @@ from engines.families.pixart import (
 from engines.families.student import read_student
 from engines.families.tokenizer import PromptTokenizer, PromptTokenizers
 from engines.families.weights import load_weights
+from tests.engines.published_form import as_published, shard_variant
 from tests.engines.tiny import (
     CLIP_TEXT_TOKENS,
     MAX_TEXT_TOKENS,
@@ -370,3 +372,43 @@ def test_both_tokenizers_of_a_family_say_it_once(tmp_path: Path) -> None:
     student = make_tiny_sdxl(tmp_path / "sdxl")
     (said,) = PromptTokenizers("sdxl", student, CLIP_TEXT_TOKENS).unheard("x" * 20 + "YZ")
     assert said == CUT.replace("19", "14") + "xxxxxxYZ"
+
+
+# The folders as they were published
+
+
+def test_published_folder_gives_what_the_modern_one_gives(tiny_student: Path, student: Path) -> None:
+    as_published(student)
+    assert {path.name for path in (student / "transformer").glob("*-of-*")} == {
+        f"diffusion_pytorch_model.fp16-0000{number}-of-00002.safetensors" for number in (1, 2)
+    }
+    names = check_safetensors(student / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {
+        "decoder.mid_block.attentions.0.query.weight",
+        "encoder.mid_block.attentions.0.proj_attn.bias",
+    } < (names.keys())
+    assert specs(student) == specs(tiny_student)
+    for name, spec in specs(tiny_student).items():
+        inputs = example_inputs(spec, 2)
+        assert torch.equal(run_stage(student, name, *inputs), run_stage(tiny_student, name, *inputs))
+    for part in ("transformer", "text_encoder", "vae"):
+        assert tensor_shapes(student / part) == tensor_shapes(tiny_student / part)
+    assert FAMILY.native_bucket(student) == FAMILY.native_bucket(tiny_student)
+
+
+def test_weights_without_a_variant_come_before_those_of_one(student: Path) -> None:
+    part = student / "transformer"
+    shard_variant(part, "diffusion_pytorch_model")
+    shards = weight_files(part)
+    assert len(shards) == 2
+    index = {"weight_map": {"a": "whole.safetensors"}}
+    (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (part / "whole.safetensors").write_bytes(b"")
+    assert weight_files(part) == [part / "whole.safetensors"]
+
+
+def test_transformers_of_other_norms_are_refused(student: Path) -> None:
+    config = as_published(student) / "transformer" / "config.json"
+    config.write_text(config.read_text().replace("ada_norm_single", "ada_norm_zero"))
+    with pytest.raises(CheckpointError, match="PixArtTransformer2DModel is expected, not Transformer2DModel"):
+        load_transformer(student)

@@ -26,11 +26,14 @@ from engines.families.pixart import load_encoder, load_transformer, predict
 from engines.families.tokenizer import PromptTokenizers
 from engines.noise import seeded_latents
 from engines.runtime.aotinductor import AotInductorEngine, Constants
+from engines.runtime.memory import plan_memory
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from engines.runtime.prompt_cache import PromptCache
 from engines.runtime.stages import EagerEngine, Stage, pick_engine
 from engines.sampler import sample
 from engines.schedule import NoiseSchedule
+from tests.engines.published_form import as_published
+from tests.engines.test_memory import with_peaks
 
 # A real compilation may have to run first.
 pytestmark = pytest.mark.timeout(900)
@@ -393,6 +396,19 @@ def test_missing_weight_is_refused_by_its_name(compiled_bundle: Path, tmp_path: 
     manifest = read_manifest(bundle)
     with pytest.raises(BundleError, match=r"checkpoint\.transformer\.proj_out\.bias: missing"):
         Constants(bundle).bind(manifest.stages[1], manifest.engines[1])
+
+
+def test_packages_find_the_weights_of_a_published_folder(compiled_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(compiled_bundle, tmp_path / "bundle")
+    as_published(bundle / "checkpoint")
+    manifest = read_manifest(bundle)
+    modern, published = Constants(compiled_bundle), Constants(bundle)
+    for spec, engine in zip(manifest.stages, manifest.engines, strict=True):
+        found, expected = published.bind(spec, engine), modern.bind(spec, engine)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+    planned = with_peaks(manifest, Backend.AOTINDUCTOR)
+    assert plan_memory(bundle, planned).lines == plan_memory(compiled_bundle, planned).lines
 
 
 # --- stages ---
