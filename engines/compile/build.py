@@ -28,7 +28,7 @@ from engines.compile.student_files import DERIVED, copy_report, copy_student
 from engines.errors import CheckpointError, CompileError, ParityError
 from engines.families.checkpoint import read_json
 from engines.families.spec import FamilySpec, get_family
-from engines.families.student import STUDENT, Student
+from engines.families.student import EXAMPLE_SHARE, STUDENT, Student
 from engines.families.tokenizer import write_fast_tokenizer
 from engines.families.weights import check_finite
 
@@ -60,6 +60,12 @@ def build_bundle(settings: BuildSettings, progress: BuildProgress) -> Manifest:
         for spec in _stages(family, checkpoint, student, buckets)
     ]
     progress.done(f"copied the checkpoint of {student.name}")
+    unread = [prompt for prompt in student.examples if prompt not in student.accepted_examples]
+    if unread:
+        progress.warn(
+            f"{len(unread)} of {len(student.examples)} examples are left out, for no quality gate has found "
+            f"them right in {EXAMPLE_SHARE:.0%} of their pictures: {'; '.join(unread)}"
+        )
 
     engines, eager_only = compile_or_not(settings, student, specs, platform, progress)
     _delete_leftovers(settings.out / "engines", engines)
@@ -137,7 +143,7 @@ def _draft(
         latency=[],
         parity=[],
         gate=gate_verdict(student),
-        student=read_json(settings.out / "checkpoint" / STUDENT),
+        student=read_json(settings.out / "checkpoint" / STUDENT) | {"examples": student.accepted_examples},
         files={},
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -43,6 +43,7 @@ class DemoDomain:
         judge_file: of the shipped judge.
         captions: so many prompts to distil with, from a seed.
         draw_training: so many complete scenes, mixed as those prompts are, from a seed.
+        asked_by: what a prompt says, None if it has words that are no part of a scene.
     """
 
     groups: Mapping[str, str]
@@ -55,6 +56,7 @@ class DemoDomain:
     judge_file: Path
     captions: Callable[[int, int], list[str]]
     draw_training: Callable[[int, int], Sequence[Scene]]
+    asked_by: Callable[[str], Scene | None]
 
     def prompts(self, seed: int, num: int) -> PromptSet:
         """Draw scenes of every kind, and leave attributes unsaid in some of them.
@@ -133,6 +135,33 @@ def _draw_training(num: int, seed: int) -> Sequence[Scene]:
     ]
 
 
+def scene_said_by(caption: str) -> scenes.Scene | None:
+    """What a caption asks for, in the words that the tokenizer makes of it; None if it is no scene."""
+    from engines.demo.text import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    words = tokenizer.convert_ids_to_tokens(tokenizer(caption)["input_ids"])[:-1]
+    if tokenizer.unk_token in words:
+        return None
+    text = " ".join(words)
+    relation = next((one for one in scenes.RELATIONS if one in text), None)
+    solids = []
+    for part in text.split(relation) if relation else [text]:
+        shape, colour = first_named(scenes.SHAPES, part), first_named(scenes.COLOURS, part)
+        if shape is None or colour is None:
+            return None
+        solids.append(scenes.Solid(shape, colour, first_named(scenes.SIZES, part)))
+    place = relation or first_named(scenes.POSITIONS, text)
+    return scenes.Scene(
+        tuple(solids), place, first_named(scenes.GROUNDS, text), first_named(scenes.SKIES, text)
+    )
+
+
+def first_named(known: Iterable[str], text: str) -> str | None:
+    """The first of the known words that a text has."""
+    return next((word for word in known if word in text.split()), None)
+
+
 SCENES = DemoDomain(
     groups={"one_object": "one object", "two_objects": "two objects", "held_out": "held-out pairs"},
     partial_share=0.75,
@@ -144,4 +173,5 @@ SCENES = DemoDomain(
     judge_file=CHECKPOINTS / "judge.safetensors",
     captions=scenes.sample_captions,
     draw_training=_draw_training,
+    asked_by=scene_said_by,
 )

@@ -13,6 +13,9 @@ from engines.families.checkpoint import read_json
 
 STUDENT = "student.json"
 
+EXAMPLE_SHARE = 0.9
+"""In so many of its pictures an example has to show all that it says."""
+
 
 class Student(BaseModel):
     """How to sample from a student, and where it comes from."""
@@ -35,6 +38,7 @@ class Student(BaseModel):
     """Of a video, first and last included."""
     fps: int = Field(default=8, ge=1)
     """At which a video is meant to be played."""
+    examples: tuple[str, ...] = ()
     gate: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -54,6 +58,16 @@ class Student(BaseModel):
     @property
     def bucket(self) -> Bucket:
         return Bucket(self.height, self.width, self.frames)
+
+    @property
+    def accepted_examples(self) -> list[str]:
+        """Those that a quality gate has read and found right often enough."""
+        read = {
+            one["prompt"]: one.get("right")
+            for one in (self.gate or {}).get("examples", ())
+            if "prompt" in one
+        }
+        return [prompt for prompt in self.examples if (read.get(prompt) or 0.0) >= EXAMPLE_SHARE]
 
     @property
     def gate_passed(self) -> bool | None:

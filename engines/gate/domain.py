@@ -97,6 +97,12 @@ class Domain(Protocol):
         """Real pictures, `copies` of each prompt in a row; what is unsaid is drawn anew."""
         ...
 
+    def asked_by(self, caption: str, /) -> Asked | None:
+        """What somebody's prompt says; None if it says what this domain does not know. Without this method a
+        gate accepts no examples.
+        """
+        ...
+
     def captions(self, num: int, seed: int, /) -> list[str]:
         """Prompts to distil with; a gate does not ask for them."""
         ...

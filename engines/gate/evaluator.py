@@ -33,6 +33,8 @@ NUM_AXES = 64
 MAX_CAPTIONS = 100_000
 PROTOCOL = 2
 """Of measuring: raised when the same student would get other numbers."""
+NUM_EXAMPLE_SEEDS = 50
+"""How often an example is drawn before it is offered to anybody."""
 COPIES = 4
 """How often a prompt is drawn, each time from other noise, to see how much the pictures differ."""
 
@@ -264,6 +266,19 @@ class Evaluator:
         repeated = self.paint_again(row, prompts.take(spread_out[: config.num_repeated]))
         diversity = pairwise_distance(self.features(repeated), COPIES)
         return Measurement(accuracy, frechet, diversity, scores)
+
+    def read_example(self, prompt: str, num_steps: int) -> float | None:
+        """Share of `NUM_EXAMPLE_SEEDS` pictures in which the judge reads all that a prompt says.
+
+        None where nobody can tell: prompts from a file have no judge, and a domain may not know the words.
+        """
+        asked_by = getattr(self.rendered, "asked_by", None)
+        asked = None if asked_by is None else asked_by(prompt)
+        if asked is None or self.judge is None:
+            return None
+        row = Row("", "", "student", num_steps)
+        pictures = self._sample(row, [prompt] * NUM_EXAMPLE_SEEDS, range(NUM_EXAMPLE_SEEDS))
+        return sum(asked.shown_by(seen) for seen in self.judge.read(pictures)) / NUM_EXAMPLE_SEEDS
 
     def paint_timed(self, row: Row, prompts: PromptSet) -> tuple[Tensor, float]:
         """Make a teacher's or student's pictures; also say how many seconds one took, prompts to pixels."""

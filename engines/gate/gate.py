@@ -28,12 +28,14 @@ from torch import Tensor
 
 from engines.bundle.platform import current_platform
 from engines.errors import CheckpointError, ConfigError
+from engines.families.checkpoint import read_json
 from engines.families.spec import family_of
-from engines.families.student import read_student
+from engines.families.student import EXAMPLE_SHARE, STUDENT, read_student
 from engines.files import write_json
 from engines.gate.evaluator import (
     COPIES,
     NUM_AXES,
+    NUM_EXAMPLE_SEEDS,
     Evaluator,
     GateConfig,
     digest,
@@ -168,6 +170,7 @@ class Gate:
         save_contact_sheet(config.out / "contact_sheet.png", self.contact_sheet())
         measured = [(row, self.measurements.of(row, config.seeds)) for row in self.rows]
         report = make_report(self.student, self.setup(), measured, self.most_steps, costs)
+        report["examples"] = self.measure_examples()
         write_json(config.out / "report.json", report)
         (config.out / "report.md").write_text(markdown(report), encoding="utf-8")
         record_verdict(config.student, report)
@@ -258,6 +261,19 @@ class Gate:
                 self.console.print(_line(seed, row, measurement), soft_wrap=True, highlight=False)
 
             measure_units(todo, self.evaluator, reference, on_done)
+
+    def measure_examples(self) -> list[dict[str, Any]]:
+        """Read every example that the student came with, also those that an earlier gate took away."""
+        described = read_json(self.config.student / STUDENT)
+        earlier = (described.get("gate") or {}).get("examples", ())
+        prompts = dict.fromkeys([*(one["prompt"] for one in earlier), *described.get("examples", ())])
+        found = []
+        for prompt in prompts:
+            with self.console.status(f"reading {prompt}"):
+                right = self.evaluator.read_example(prompt, self.student.default_num_steps)
+            accepted = right is not None and right >= EXAMPLE_SHARE
+            found.append({"prompt": prompt, "seeds": NUM_EXAMPLE_SEEDS, "right": right, "accepted": accepted})
+        return found
 
     def measure_costs(self) -> dict[str, Cost]:
         """Time every sampler alone, and compare its pictures with the teacher's best from the same noise."""

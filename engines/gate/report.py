@@ -53,7 +53,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     sections = [f"# Gate of {report['name']}: {verdict}", *criteria, "", *table]
     if report["differences"]:
         sections += ["", *_differences(report)]
+    if report.get("examples"):
+        sections += ["", *_examples(report["examples"])]
     return "\n".join([sections[0], "", *sections[1:], "", *_notes(setup), ""])
+
+
+def _examples(examples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each example, in how many pictures of it the judge read all it says, and whether it is offered."""
+    lines = ["Examples, each at the default steps:", ""]
+    for one in examples:
+        right = "nobody can read it" if one["right"] is None else f"{one['right']:.0%} of {one['seeds']}"
+        lines.append(f"- [{'x' if one['accepted'] else ' '}] {one['prompt']}: {right}")
+    return lines
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -389,12 +389,18 @@ def difference(
 
 
 def record_verdict(student: Path, report: dict[str, Any]) -> None:
-    """Write the verdict and the table's means into `student.json`, where bundles and servers find it."""
+    """Write the verdict and the table's means into `student.json`, where bundles and servers find it.
+
+    Of the examples only those stay that were accepted.
+    """
     description = read_json(student / STUDENT)
+    examples = report.get("examples", [])
+    description["examples"] = [one["prompt"] for one in examples if one["accepted"]]
     description["gate"] = {
         "passed": report["passed"],
         "criteria": report["criteria"],
         "setup": report["setup"],
+        "examples": examples,
         "rows": [
             {
                 "key": row["key"],

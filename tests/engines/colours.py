@@ -59,6 +59,9 @@ class Colours:
         drawn = np.random.default_rng(seed).choice(list(COLOURS), num).tolist()
         return PromptSet(drawn, ["plain"] * num, seed, [Asked(name) for name in drawn], drawn)
 
+    def asked_by(self, caption: str, /) -> Asked | None:
+        return Asked(caption) if caption in COLOURS else None
+
     def render(self, prompts: PromptSet) -> Tensor:
         rng = torch.Generator().manual_seed(prompts.seed)
         flat = torch.tensor([COLOURS[name] for name in prompts.scenes])[:, None, None]

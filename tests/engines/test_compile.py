@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ from engines.compile.needed import EAGER_ASKED_FOR, NO_COMPILER, buckets_of, rea
 from engines.compile.parity import MIN_COSINE, check_parity, compare, worst
 from engines.compile.precision import choose_dtype
 from engines.compile.progress import BuildProgress
+from engines.compile.student_files import changed_file
 from engines.compile.verify import verify_bundle
 from engines.errors import CheckpointError, CompileError, ParityError
 from engines.families.spec import get_family
@@ -306,6 +308,22 @@ def test_weights_that_are_not_finite_are_refused_though_nothing_is_compiled(
     with pytest.raises(CheckpointError, match=problem):
         build(build_settings(student, tmp_path / "bundle"))
     assert not (tmp_path / "bundle" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("passed", [True, None])
+def test_only_examples_that_a_gate_found_right_are_offered(passed: bool | None, tmp_path: Path) -> None:
+    read = [{"prompt": "a cube", "right": 0.9}, {"prompt": "a cone", "right": 0.88}]
+    student = gated(tmp_path / "student", {"passed": True, "examples": read} if passed else None)
+    file = student / "student.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"examples": ["a cube", "a cone", "a torus"]}))
+    said = io.StringIO()
+    settings = replace(build_settings(student, tmp_path / "bundle"), ungated=not passed)
+    with BuildProgress(Console(file=said, width=400), num_pieces(settings)) as progress:
+        manifest = build_bundle(settings, progress)
+    assert manifest.student["examples"] == (["a cube"] if passed else [])
+    left_out = "2 of 3" if passed else "3 of 3"
+    assert f"{left_out} examples are left out, for no quality gate has found them right" in said.getvalue()
+    assert changed_file(student, manifest) is None
 
 
 def test_student_that_passed_its_gate_needs_no_force(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,13 @@ from torch import nn
 
 from engines.demo.codec import PatchCode, make_vae
 from engines.demo.dataset import SHARD_SIZE, SceneSet
+from engines.demo.domain import scene_said_by
 from engines.demo.fit import FitConfig, fit
 from engines.demo.judge import Judge, to_input
 from engines.demo.renderer import render
 from engines.demo.scenes import (
-    COLOURS,
-    GROUNDS,
     HELD_OUT_PAIRS,
-    POSITIONS,
-    RELATIONS,
     SHAPES,
-    SIZES,
-    SKIES,
     Scene,
     Solid,
     sample_captions,
@@ -185,30 +179,12 @@ def test_loss_that_is_not_finite_stops_training_and_says_where(tmp_path) -> None
 # What the shipped student offers
 
 
-def scene_said_by(caption: str) -> Scene:
-    """What a caption asks for, in the words that the tokenizer makes of it."""
-    tokenizer = make_tokenizer()
-    words = tokenizer.convert_ids_to_tokens(tokenizer(caption)["input_ids"])[:-1]
-    text = " ".join(words)
-    assert "<unk>" not in words
-
-    def named(known: Iterable[str], part: str) -> str | None:
-        return next((word for word in known if word in part.split()), None)
-
-    relation = next((one for one in RELATIONS if one in text), None)
-    solids = []
-    for part in text.split(relation) if relation else [text]:
-        shape, colour = named(SHAPES, part), named(COLOURS, part)
-        assert shape is not None
-        assert colour is not None
-        solids.append(Solid(shape, colour, named(SIZES, part)))
-    return Scene(tuple(solids), relation or named(POSITIONS, text), named(GROUNDS, text), named(SKIES, text))
-
-
 def test_words_of_a_caption_are_what_it_asks_for() -> None:
     scenes = sample_scenes(100, 0)
     partly = [scene.partly_said(np.random.default_rng(row)) for row, scene in enumerate(scenes)]
     assert [scene_said_by(scene.caption()) for scene in scenes + partly] == scenes + partly
+    for unknown in ("a red zebra", "a cube", "blue", ""):
+        assert scene_said_by(unknown) is None
 
 
 def test_shipped_student_draws_each_prompt_that_it_offers_nine_times_out_of_ten() -> None:
@@ -220,8 +196,10 @@ def test_shipped_student_draws_each_prompt_that_it_offers_nine_times_out_of_ten(
     for example in examples:
         pictures = painter([example] * 50, range(50), num_steps=student.default_num_steps)
         asked = scene_said_by(example)
+        assert asked is not None
         right[example] = sum(asked.shown_by(seen) for seen in judge.read(pictures)) / 50
     assert len(right) >= 6
+    assert student.accepted_examples == examples
     assert {example: share for example, share in right.items() if share < 0.9} == {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 
 from engines.__main__ import main
 from engines.errors import CheckpointError, ConfigError
+from engines.families.student import read_student
 from engines.gate.domain import FileDomain
 from engines.gate.evaluator import Evaluator, GateConfig
 from engines.gate.features import (
@@ -378,6 +380,32 @@ def test_a_judge_of_ones_own_reads_what_the_model_draws(base: Path, judge: Path,
         make_gate(base, tmp_path, prompts=None, domain=one, judge=judge) for one in (OWN, f"{OWN}_TOO")
     )
     assert first.measurements.identities != other.measurements.identities
+
+
+def test_examples_stay_if_the_judge_reads_them_and_are_read_again_next_time(
+    base: Path, judge: Path, tmp_path: Path
+) -> None:
+    student = shutil.copytree(base / "student", tmp_path / "student")
+    description = json.loads((student / "student.json").read_text())
+    prompts = [*COLOURS, "a zebra"]
+    (student / "student.json").write_text(json.dumps(description | {"examples": prompts}))
+    gate = make_gate(base, tmp_path / "out", prompts=None, domain=OWN, judge=judge, student=student, seeds=1)
+    report = gate.run()
+    found = {one["prompt"]: one for one in report["examples"]}
+    assert list(found) == prompts
+    # a random network draws much the same whatever it is told: every picture is one of the colours
+    assert [one["accepted"] for one in found.values()] == [
+        one["right"] is not None and one["right"] >= 0.9 for one in found.values()
+    ]
+    assert found["a zebra"]["right"] is None
+    assert {found[name]["seeds"] for name in COLOURS} == {50}
+    kept = [prompt for prompt, one in found.items() if one["accepted"]]
+    assert len(kept) == 1
+    written = read_student(student)
+    assert list(written.examples) == written.accepted_examples == kept
+    assert f"- [x] {kept[0]}: " in (tmp_path / "out" / "report.md").read_text()
+    assert "- [ ] a zebra: nobody can read it" in (tmp_path / "out" / "report.md").read_text()
+    assert gate.measure_examples() == report["examples"]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
 from engines.demo.video.domain import CLIPS, video_counts
 from engines.demo.video.judge import VideoJudge
+from engines.demo.video.scenes import Scene, sample_scenes
 from engines.families.student import read_student
 from engines.gate.evaluator import GateConfig
 from engines.gate.gate import Gate
@@ -22,6 +24,15 @@ def test_prompts_of_videos_are_of_two_kinds() -> None:
     for scene, asked, group in zip(prompts.scenes, prompts.asked, prompts.groups, strict=True):
         assert asked.is_held_out() == scene.is_held_out() == (group == "held_out")
         assert asked.shown_by(scene)
+
+
+def test_words_of_a_caption_are_what_it_asks_for() -> None:
+    scenes = sample_scenes(40, 0)
+    scenes += [scene.partly_said(np.random.default_rng(row)) for row, scene in enumerate(scenes)]
+    assert [CLIPS.asked_by(scene.caption()) for scene in scenes] == scenes
+    assert CLIPS.asked_by("a golden orb rolling to the left") == Scene("ball", "yellow", "left")
+    for unknown in ("a red zebra", "red", ""):
+        assert CLIPS.asked_by(unknown) is None
 
 
 @pytest.fixture(scope="module")
