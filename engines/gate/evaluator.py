@@ -278,7 +278,8 @@ class Evaluator:
             return None
         row = Row("", "", "student", num_steps)
         pictures = self._sample(row, [prompt] * NUM_EXAMPLE_SEEDS, range(NUM_EXAMPLE_SEEDS))
-        return sum(asked.shown_by(seen) for seen in self.judge.read(pictures)) / NUM_EXAMPLE_SEEDS
+        right = sum(bool(asked.shown_by(seen)) for seen in self.judge.read(pictures))
+        return right / NUM_EXAMPLE_SEEDS
 
     def paint_timed(self, row: Row, prompts: PromptSet) -> tuple[Tensor, float]:
         """Make a teacher's or student's pictures; also say how many seconds one took, prompts to pixels."""

@@ -38,7 +38,7 @@ def bundle(tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-async def start(routes: Routes, own: Path, *, version: str = OWN) -> tuple[list[tuple[Path, int, bool]], str]:
+async def start(routes: Routes, own: Path, *, version: str = OWN) -> tuple[list[tuple[Path, int]], str]:
     """Start a fleet of two workers; what it hired, and what it said."""
     hired: list[tuple[Path, int]] = []
     said: list[str] = []
