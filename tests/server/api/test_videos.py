@@ -362,7 +362,7 @@ async def test_video_is_webm_where_that_is_asked_for(api: Api, worker: Worker) -
     assert remix.json()["output_format"] == "webm"
 
     refused = await post(api, {"output_format": "gif"})
-    assert error_of(refused) == (422, "invalid_request", "output_format")
+    assert error_of(refused) == (422, "invalid_value", "output_format")
 
 
 async def test_video_of_a_worker_that_made_no_previews_says_so(api: Api, worker: Worker) -> None:
@@ -378,7 +378,7 @@ async def test_video_of_a_worker_that_made_no_previews_says_so(api: Api, worker:
 async def test_remix_takes_all_but_the_prompt_from_a_video(
     api: Api, worker: Worker, client: openai.AsyncOpenAI
 ) -> None:
-    first = (await post(api, {"seed": 7, "steps": 2, "size": "32x48", "seconds": 1})).json()
+    first = (await post(api, {"seed": 7, "steps": 2, "size": "32x32", "seconds": 2})).json()
     remix = await client.videos.remix(first["id"], prompt="a blue cube")  # a form; the first is still queued
 
     assert remix.remixed_from_video_id == first["id"] != remix.id
@@ -389,30 +389,30 @@ async def test_remix_takes_all_but_the_prompt_from_a_video(
     assert first["remixed_from_video_id"] is None
 
     url, body = f"/v1/videos/{first['id']}/remix", {"prompt": "a blue cube"}
-    keyed = [await api.client.post(url, json=body, headers={"idempotency-key": "a key"}) for _ in range(2)]
+    keyed = [await api.client.post(url, json=body, headers={"idempotency-key": "a-key"}) for _ in range(2)]
     assert len({answer.json()["id"] for answer in keyed}) == 1
     assert keyed[0].headers["location"].endswith(keyed[0].json()["id"])
     # asked for in full it is another request: it would not say what it was made from
     asked = {**body, **{name: first[name] for name in ("model", "size", "frames", "seed", "steps")}}
-    plain = await api.client.post("/v1/videos", json=asked, headers={"idempotency-key": "a key"})
+    plain = await api.client.post("/v1/videos", json=asked, headers={"idempotency-key": "a-key"})
     assert error_of(plain) == (422, "idempotency_mismatch", "Idempotency-Key")
 
 
 @pytest.mark.parametrize(
-    ("body", "param"),
+    ("body", "code", "param"),
     [
-        ({}, "prompt"),
-        ({"prompt": "  "}, "prompt"),
-        ({"prompt": "a cube", "seed": 7}, "seed"),
-        ({"prompt": 7}, "prompt"),
+        ({}, "missing_parameter", "prompt"),
+        ({"prompt": "  "}, "invalid_value", "prompt"),
+        ({"prompt": "a cube", "seed": 7}, "unknown_parameter", "seed"),
+        ({"prompt": 7}, "invalid_value", "prompt"),
     ],
 )
 async def test_remix_takes_a_prompt_and_nothing_else(
-    body: dict[str, Any], param: str, api: Api, worker: Worker
+    body: dict[str, Any], code: str, param: str, api: Api, worker: Worker
 ) -> None:
     first = (await post(api)).json()
     refused = await api.client.post(f"/v1/videos/{first['id']}/remix", json=body)
-    assert error_of(refused) == (422, "invalid_request", param)
+    assert error_of(refused) == (422, code, param)
     assert len(worker.jobs()) == 1
 
 

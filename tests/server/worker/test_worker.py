@@ -11,7 +11,7 @@ import numpy as np
 
 from engines.bundle.bucket import Bucket
 from engines.runtime.pipeline import Sample
-from server.job import Job, JobStatus, result_folders
+from server.job import Job, JobStatus, Variant, result_folders
 from server.queue.connection import connect
 from server.queue.job_queue import JobQueue
 from server.queue.keys import stream_of
@@ -82,7 +82,15 @@ async def test_clips_are_drawn_as_mp4_files_of_their_frames(
 
     assert {end.status for end in (first, other, again)} == {JobStatus.DONE}
     assert set(first.timing) == {"queue", "batch_wait", "encode", "denoise", "decode", "pack", "store"}
-    (ref,) = first.outputs
+    ref, thumbnail, sheet = first.outputs
+    assert [
+        (one.variant, one.key.rpartition("/")[2], one.width, one.frames) for one in (thumbnail, sheet)
+    ] == [
+        (Variant.THUMBNAIL, "1-0-thumbnail.webp", 32, 1),
+        (Variant.SPRITESHEET, "1-0-spritesheet.jpg", 96, 1),
+    ]
+    for one in (thumbnail, sheet):
+        assert len(store.get(one.key)) == one.size_bytes
     data = store.get(ref.key)
     assert (ref.key, ref.content_type, ref.size_bytes) == (
         f"{result_folders(first.id)[0]}/1-0.mp4",
@@ -129,7 +137,7 @@ async def test_running_clip_tells_its_progress_and_stops_when_it_is_deleted(
     end = await ended(queue, deleted)
     assert (end.status, code_of(end), end.outputs) == (JobStatus.CANCELLED, "cancelled", ())
     assert (await ended(queue, neighbour)).status is JobStatus.DONE
-    assert [name.partition("/")[0] for name in files_of(settings)] == [neighbour.id]
+    assert {name.split("/")[1] for name in files_of(settings)} == {neighbour.id}
 
 
 async def test_job_of_more_samples_than_a_batch_holds_is_drawn_in_several(
