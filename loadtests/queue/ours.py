@@ -103,7 +103,11 @@ class _Client:
 
     async def result(self, handle: str) -> Any:
         job = await self._queue.wait(handle, DEADLINE_S)
-        return asdict(job.outputs[0]) if job is not None and job.outputs else job
+        if job is None or not job.outputs:
+            return job
+        recorded = asdict(job.outputs[0])
+        recorded.pop("variant")  # the others know nothing of previews
+        return recorded
 
 
 class _Worker:

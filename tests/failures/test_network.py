@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from server.job import result_folders
 from tests.failures.deployment import Deployment
 from tests.failures.processes import PATIENCE_S
 from tests.server.conftest import poll
@@ -33,7 +34,7 @@ def test_job_of_a_worker_without_network_runs_elsewhere_and_its_late_result_is_d
 
     assert (lonely.batches, other.batches) == ([["contested"]], [["contested"]])
     assert api.look(job_id) == done
-    assert deployment.files() == [f"{job_id}/2-0.png"]
+    assert deployment.files() == [f"{result_folders(job_id)[0]}/2-0.png"]
     other.kill()
     assert api.post("next").status_code == 200
     assert lonely.batches[-1] == ["next"]
