@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from tests.reaper import start_reaper
+from tests.watchdog import watch
 
 SLOW_FOLDERS = {"e2e", "failures"}
 """Tests with whole systems in processes of their own."""
@@ -14,7 +15,7 @@ SLOW_FIXTURES = {"compiled_bundle", "image_bundle", "both_bundle"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let no process outlive the run. Those of xdist belong to it, too, and share its reaper.
+    """Let no process outlive the run, and none hold it up. Those of xdist belong to it and share its reaper.
 
     And let SIGINT mean something to all of them: a script that starts the run in its background has it
     ignored, and what is ignored is inherited.
@@ -25,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         start_reaper()
+    watch(config)
 
 
 @pytest.fixture(autouse=True)

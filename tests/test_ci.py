@@ -30,9 +30,11 @@ def run_ci(folder: Path, *args: str, **files: str) -> "subprocess.CompletedProce
     (folder / ".ci").mkdir()
     shutil.copy2(ROOT / ".ci/tests", folder / ".ci/tests")
     (folder / "tests").mkdir()
+    shutil.copy2(ROOT / "tests/watchdog.py", folder / "tests/watchdog.py")
     for name, text in files.items():
-        (folder / "tests" / f"test_{name}.py").write_text(text)
-    (folder / "pytest.ini").write_text("[pytest]\n")
+        file = "conftest.py" if name == "conftest" else f"test_{name}.py"
+        (folder / "tests" / file).write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\npythonpath = .\ntimeout = 600\n")
     command = ["bash", ".ci/tests", sys.executable, *args]
     # Of pytest's plugins the one that it is about: each process loads them anew.
     alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist"}
@@ -74,3 +76,64 @@ def test_many_failures_are_not_bad_luck(tmp_path: Path) -> None:
     done = run_ci(tmp_path, a=many)
     assert done.returncode == 1, done.stdout
     assert "21 tests failed" in done.stdout
+
+
+HANGS_ONCE = """
+import ctypes
+import signal
+from pathlib import Path
+
+import pytest
+
+@pytest.mark.timeout(1)
+def test_that_hangs_beside_others():
+    seen = Path(__file__).with_name("seen")
+    if not seen.exists():
+        seen.touch()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        ctypes.CDLL(None).pause()
+"""
+
+
+def test_what_hangs_where_no_timeout_reaches_is_aborted_and_tried_again(tmp_path: Path) -> None:
+    watched = (
+        "from tests import watchdog\n"
+        "watchdog.GRACE_S, watchdog.PERIOD_S = 0.1, 0.1\n"
+        "pytest_configure = watchdog.watch\n"
+    )
+    done = run_ci(tmp_path, "-p", "pytest_timeout", a=PASSES, b=HANGS_ONCE + PASSES, conftest=watched)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "aborted, as neither its end nor its timeout came: tests/test_b.py::test_that_hangs" in done.stderr
+    assert "pause" not in done.stdout
+    first, again = done.stdout.split("once more, alone:")
+    assert "1 failed, 2 passed" in first
+    assert "a bug to mend: tests/test_b.py::test_that_hangs_beside_others\n" in again
+
+
+def test_process_that_breaks_makes_the_run_red(tmp_path: Path) -> None:
+    breaks = """
+import os
+from tests.watchdog import watch as pytest_configure
+
+def pytest_runtest_protocol():
+    raise OSError
+"""
+    done = run_ci(tmp_path, "-p", "pytest_timeout", a=PASSES, conftest=breaks)
+    assert done.returncode == 3, done.stdout
+
+
+def test_run_that_is_ended_from_outside_names_what_still_ran(tmp_path: Path) -> None:
+    ends_the_run = """
+import os
+import signal
+
+def test_that_hangs():
+    os.kill(os.getppid(), signal.SIGTERM)
+    signal.pause()
+"""
+    watched = "from tests.watchdog import watch as pytest_configure\n"
+    done = run_ci(tmp_path, "-p", "pytest_timeout", a=ends_the_run, conftest=watched)
+    assert done.returncode != 0
+    assert (
+        "still running when the run was ended from outside: tests/test_a.py::test_that_hangs" in done.stderr
+    )
