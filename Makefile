@@ -5,7 +5,9 @@ VENV   ?= .venv
 ARGS   ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+# Pip would compile what it installs on one core; what cannot be compiled are examples for other versions of Python.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
+BYTECODE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 
@@ -60,9 +62,11 @@ $(BIN)/python:
 $(RUN): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing what serving needs into $(VENV) (once; a few minutes)"
 	$(PIP) --editable '.[worker,embedded]'
+	@$(BYTECODE)
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing what development needs into $(VENV)"
 	$(PIP) --editable '.[worker,embedded,distill,dev]'
+	@$(BYTECODE)
 	@touch $(RUN) $@

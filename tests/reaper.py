@@ -49,8 +49,11 @@ def reap(pid: int, mark: str) -> None:
     """Wait until process `pid` has ended, then kill until nothing carries the mark any more."""
     with suppress(ProcessLookupError):
         select.select([os.pidfd_open(pid)], [], [])
-    while left := list(marked(mark)):  # a supervisor may have started another child since
-        for one in left:
+    clean_looks = 0
+    while clean_looks < 2:  # in the middle of an exec a process shows no environment
+        left = list(marked(mark))
+        clean_looks = 0 if left else clean_looks + 1
+        for one in left:  # a supervisor may have started another child since the last look
             with suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
 

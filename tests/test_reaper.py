@@ -71,5 +71,9 @@ def test_run_that_is_ended_takes_its_processes_with_it(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells who carries the mark")
 def test_what_this_run_starts_carries_its_mark() -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    command = [sys.executable, "-c", "input(1)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.read(1) == b"1"  # in the middle of an exec a process shows no environment
         assert child.pid in marked(os.environ[MARK])
+        child.kill()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -18,6 +17,7 @@ from engines.families.spec import get_family
 from engines.families.student import read_student
 from loadtests.witness.pack import lower, write_pack, write_stage
 from loadtests.witness.tensorrt import judge
+from tests.engines.ort import session_of
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
 
 pytestmark = pytest.mark.timeout(900)
@@ -27,7 +27,7 @@ RUNNER = Path(__file__).parent.parent / "loadtests" / "witness" / "tensorrt.py"
 
 def outputs_of(folder: Path, batch: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What ONNX Runtime makes of a stage, and what the pack holds."""
-    session = onnxruntime.InferenceSession(str(folder / "stage.onnx"), providers=["CPUExecutionProvider"])
+    session = session_of(folder / "stage.onnx")
     with np.load(folder / f"{batch}.npz") as file:
         arrays = dict(file)
     fed = {one.name: arrays[f"in_{one.name}"] for one in session.get_inputs()}

@@ -20,7 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime
+
+from tests.engines.ort import session_of
 
 RECORDED = json.loads((Path(__file__).parent / "vendor" / "tensorrt_api.json").read_text(encoding="utf-8"))
 VERSIONS = tuple(RECORDED)
@@ -258,9 +259,7 @@ def make(version: str) -> Any:  # noqa: C901  (a module: its classes close over 
             ]
             self._detailed = head["detailed"]
             self._model = onnx.load_from_string(plan[4 + size :])
-            self._session = onnxruntime.InferenceSession(
-                self._model.SerializeToString(), providers=["CPUExecutionProvider"]
-            )
+            self._session = session_of(self._model.SerializeToString())
             graph = self._model.graph
             self._inputs = {value.name: value for value in graph.input}
             self._outputs = {value.name: value for value in graph.output}

@@ -31,6 +31,7 @@ from engines.compile.parity import compare
 from engines.errors import CompileError
 from engines.families.spec import get_family
 from engines.families.student import read_student
+from tests.engines.ort import session_of
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox, make_tiny_sdxl
 
 pytestmark = pytest.mark.timeout(1800)
@@ -96,11 +97,14 @@ def widened(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def run(path: Path, spec: StageSpec, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    model = widened(onnx.load(str(path)))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    fed = {one.name: tensor.numpy() for one, tensor in zip(spec.inputs, inputs, strict=True)}
+def opened(path: Path, spec: StageSpec) -> onnxruntime.InferenceSession:
+    session = session_of(widened(onnx.load(str(path))).SerializeToString())
     assert [one.name for one in session.get_outputs()] == [one.name for one in spec.outputs]
+    return session
+
+
+def run(session: onnxruntime.InferenceSession, spec: StageSpec, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    fed = {one.name: tensor.numpy() for one, tensor in zip(spec.inputs, inputs, strict=True)}
     return [torch.from_numpy(array) for array in session.run(None, fed)]
 
 
@@ -130,12 +134,13 @@ def check_stage(
     assert names[str(weights).removeprefix("torch.")] in floats
 
     max_loss, max_pixels = TOLERANCES[dtype]
+    session = opened(path, spec)
     for batch in (1, 3, MAX_BATCH):
         inputs = example_inputs(spec, batch, seed=batch)
         with torch.no_grad():
             expected = reference(*inputs)
         expected = (expected,) if isinstance(expected, Tensor) else expected
-        for ours, theirs, output in zip(expected, run(path, spec, inputs), spec.outputs, strict=True):
+        for ours, theirs, output in zip(expected, run(session, spec, inputs), spec.outputs, strict=True):
             assert theirs.dtype == ours.dtype
             found = compare(ours, theirs)
             assert found.finite
@@ -251,7 +256,9 @@ def test_bytes_are_made_at_the_very_end(tmp_path: Path) -> None:
     path = export_onnx(module, spec_of("uint8"), tmp_path / "x.onnx", min_batch=1, max_batch=4)
     casts = [node for node in onnx.load(str(path)).graph.node if node.op_type == "Cast"]
     assert [list(cast.output) for cast in casts] == [["prediction"]]
-    (made,) = run(path, spec_of("uint8"), (torch.tensor([[1.0, 2.0, 253.0, 254.0]]),))
+    (made,) = run(
+        opened(path, spec_of("uint8")), spec_of("uint8"), (torch.tensor([[1.0, 2.0, 253.0, 254.0]]),)
+    )
     assert made.tolist() == [[253, 254, 1, 2]]
 
 
