@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engines.bundle.bucket import Bucket
 from engines.bundle.manifest import MANIFEST, SIGNATURE, FileHash, Manifest, read_manifest
 from engines.bundle.platform import Mismatch, Platform, compare_for_plan, compare_platforms, current_platform
 from engines.bundle.stages import Backend
 from engines.errors import BundleError
+
+NAMES_BUCKETS = 5
+"""Since this version of the manifest, sizes are part of a bundle's version."""
 
 
 def hash_file(path: Path) -> FileHash:
@@ -34,14 +38,17 @@ def _names(directory: Path) -> list[str]:
     return sorted(name for name in names if name not in (MANIFEST, SIGNATURE))
 
 
-def content_version(files: Mapping[str, FileHash]) -> str:
-    """Twelve hex digits that change exactly when the checkpoint does.
+def content_version(files: Mapping[str, FileHash], buckets: Sequence[Bucket]) -> str:
+    """Twelve hex digits that change exactly when the checkpoint or the sizes that it is served in do.
 
-    Compiled code is left out: it differs from machine to machine, the pictures do not.
+    Jobs go to workers by this number: what one of them accepts, all must draw. Steps and schedule are in the
+    checkpoint's `student.json`. Compiled code is left out: it differs from machine to machine, the pictures
+    do not.
     """
     lines = [
         f"{entry.sha256} {name}\n" for name, entry in sorted(files.items()) if name.startswith("checkpoint/")
     ]
+    lines += [f"bucket {bucket.label}\n" for bucket in buckets]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
 
@@ -68,8 +75,9 @@ def verify_files(directory: Path, manifest: Manifest | None = None) -> Manifest:
     added = sorted(present - set(manifest.files))
     if added:
         raise BundleError(f"files.{added[0]}", "is not part of this bundle")
-    if content_version(manifest.files) != manifest.version:
-        raise BundleError("version", "does not belong to this checkpoint")
+    named = manifest.buckets if manifest.schema_version >= NAMES_BUCKETS else ()
+    if content_version(manifest.files, named) != manifest.version:
+        raise BundleError("version", "does not belong to this checkpoint and these sizes")
     return manifest
 
 

@@ -24,10 +24,10 @@ from engines.files import replacing
 
 MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
-SCHEMA_VERSION: Final[Literal[4]] = 4
-READABLE_VERSIONS: Final = (1, 2, 3, 4)
+SCHEMA_VERSION: Final[Literal[5]] = 5
+READABLE_VERSIONS: Final = (1, 2, 3, 4, 5)
 """Version 1 had one part and one output per stage, and images only; version 2 no criteria of the gate;
-version 3 no GPUs."""
+version 3 no GPUs, and up to version 4 `version` said nothing of sizes."""
 
 
 class EngineFile(Model):
@@ -105,7 +105,7 @@ class GateVerdict(Model):
 class Manifest(Model):
     """Everything a server must know of a bundle; README.md explains the fields."""
 
-    schema_version: Literal[1, 2, 3, 4]
+    schema_version: Literal[1, 2, 3, 4, 5]
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")
     kind: Literal["image", "video"]
     fps: int | None = Field(default=None, ge=1)

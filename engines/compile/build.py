@@ -82,7 +82,7 @@ def build_bundle(settings: BuildSettings, progress: BuildProgress) -> Manifest:
     files = hash_files(settings.out)
     manifest = draft.model_copy(
         update={
-            "version": content_version(files),
+            "version": content_version(files, buckets),
             "engines": [_verified(engine, draft) for engine in draft.engines],
             "parity": parity,
             "latency": latency,

@@ -57,8 +57,9 @@ def altered(bundle: Path, copy: Path, **manifest: Any) -> Path:
     config = copy / "checkpoint/scheduler/scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "unheard-of"}))
     files = hash_files(copy)
-    changes = {"files": files, "version": content_version(files), **manifest}
-    write_manifest(copy, read_manifest(copy).model_copy(update=changes))
+    before = read_manifest(copy)
+    version = content_version(files, manifest.get("buckets", before.buckets))
+    write_manifest(copy, before.model_copy(update={"files": files, "version": version, **manifest}))
     return copy
 
 

@@ -108,7 +108,7 @@ def test_manifest_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
-        ({"schema_version": 5}, "schema_version"),
+        ({"schema_version": 6}, "schema_version"),
         ({"name": "../evil"}, "name"),
         ({"kind": "audio"}, "kind"),
         ({"surprise": 1}, "surprise"),
@@ -178,13 +178,26 @@ def test_version_of_another_checkpoint_is_refused(bundle: Path) -> None:
         verify_files(bundle)
 
 
-def test_version_follows_the_checkpoint_and_nothing_else(eager_bundle: Path, bundle: Path) -> None:
-    version = content_version(hash_files(eager_bundle))
+def test_version_follows_the_checkpoint_and_the_sizes_and_nothing_else(
+    eager_bundle: Path, bundle: Path
+) -> None:
+    buckets = read_manifest(eager_bundle).buckets
+    version = content_version(hash_files(eager_bundle), buckets)
     (bundle / "engines").mkdir(exist_ok=True)
     (bundle / "engines" / "decode.pt2").write_bytes(b"compiled elsewhere")
-    assert content_version(hash_files(bundle)) == version
+    assert content_version(hash_files(bundle), buckets) == version
+    assert content_version(hash_files(bundle), [*buckets, Bucket(96, 64)]) != version
     (bundle / "checkpoint" / "student.json").write_text("{}")
-    assert content_version(hash_files(bundle)) != version
+    assert content_version(hash_files(bundle), buckets) != version
+
+
+def test_version_that_says_nothing_of_sizes_is_that_of_an_older_bundle(bundle: Path) -> None:
+    before_sizes = content_version(hash_files(bundle), ())
+    edit(bundle, version=before_sizes)
+    with pytest.raises(BundleError, match=r"^version: "):
+        verify_files(bundle)
+    edit(bundle, version=before_sizes, schema_version=4)
+    assert verify_files(bundle).version == before_sizes
 
 
 def test_this_machine_fits_itself(eager_bundle: Path) -> None:

@@ -359,7 +359,7 @@ def test_unsupported_scheduler_is_refused_by_the_fields_name(eager_bundle: Path,
     path.write_text(json.dumps({**json.loads(path.read_text()), "beta_schedule": "cosine"}))
     manifest = read_manifest(bundle)
     files = integrity.hash_files(bundle)
-    version = integrity.content_version(files)
+    version = integrity.content_version(files, manifest.buckets)
     write_manifest(bundle, manifest.model_copy(update={"files": files, "version": version}))
     with pytest.raises(BundleError, match=r"^checkpoint\.scheduler: .*cosine"):
         Pipeline.load(bundle)

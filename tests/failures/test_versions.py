@@ -26,8 +26,9 @@ def newer(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = shutil.copytree(bundle, tmp_path_factory.mktemp("newer") / "bundle")
     (copy / "checkpoint" / "NOTE.txt").write_text("trained a little longer")
     files = hash_files(copy)
-    changes = {"files": files, "version": content_version(files)}
-    write_manifest(copy, read_manifest(copy).model_copy(update=changes))
+    manifest = read_manifest(copy)
+    changes = {"files": files, "version": content_version(files, manifest.buckets)}
+    write_manifest(copy, manifest.model_copy(update=changes))
     return copy
 
 
