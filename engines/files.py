@@ -12,29 +12,26 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to, named with a dot in front; at the end it takes the place of `path`.
 
     If the block raises, `path` stays what it was and nothing is left beside it.
 
     Args:
         path: in a directory that exists.
-        durable: sync it to the disk first, so that it survives power loss.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield partial
-        if durable:
-            _sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def atomic_write(path: Path, data: bytes | str, *, durable: bool = False) -> None:
+def atomic_write(path: Path, data: bytes | str) -> None:
     """Write a file in one move; text as UTF-8. Arguments as of `replacing`."""
-    with replacing(path, durable=durable) as partial:
+    with replacing(path) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
@@ -43,7 +40,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     atomic_write(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return once a file, or a directory's list of names, would survive power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -199,6 +199,11 @@ class Job:
         return next((output for output in self.outputs if output.variant is variant), None)
 
     @property
+    def samples(self) -> tuple[OutputRef, ...]:
+        """What was asked for, without the small pictures."""
+        return tuple(output for output in self.outputs if output.variant is Variant.SAMPLE)
+
+    @property
     def finished(self) -> bool:
         """True once the job has its final answer."""
         return self.status in TERMINAL

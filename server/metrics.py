@@ -138,6 +138,9 @@ class Metrics:
             "jobs_rejected_total", "Jobs refused before the queue.", "class", "kind", "reason"
         )
 
+        self.jobs_archived = counter(
+            "jobs_archived_total", "Finished jobs whose answers were moved from Redis to the store.", "class"
+        )
         self.eta = histogram(
             "eta_ratio",
             "Time a job took of the time predicted when it was accepted, where its client waited for it.",
@@ -164,7 +167,7 @@ class Metrics:
         self.queue_limit = gauge("queue_limit", "Jobs that may wait before one more is refused.", "class")
 
         self._section = "Redis and what it keeps (api: every api process reads the same, take the maximum)"
-        self.jobs_kept = gauge("jobs_kept", "Finished jobs that can be asked for.", "class")
+        self.jobs_kept = gauge("jobs_kept", "Finished jobs whose answers are in Redis.", "class")
         self.jobs_forgotten = gauge(
             "jobs_forgotten", "Finished jobs forgotten before their time for want of memory, ever.", "class"
         )

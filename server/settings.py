@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     """A worker silent for this long loses its jobs to another one."""
     result_ttl_s: int = Field(default=86_400, ge=1)
     """How long finished pictures are kept; their jobs then say `expired` for an hour, and are forgotten."""
+    record_s: int = Field(default=3600, ge=10)
+    """How long a finished job stays in Redis; where memory gets short, less. Then its answer lies beside its
+    results and is read from there."""
     store_url: str = ""
     """fsspec URL for results (`file://`, `s3://`, ...); empty means `data_dir/results`."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from engines.files import atomic_write
+from engines.files import atomic_write, sync
 from server.job import begun_ms_of
 
 
@@ -27,7 +27,7 @@ class Stored:
     stored_s: float
 
 
-NUM_DELETERS = 8
+NUM_CONNECTIONS = 8
 STEP = 200
 """Files and folders that one step of `expire` looks at."""
 S3_PAGE = 1000
@@ -96,6 +96,22 @@ class ResultStore:
                 self._fs.pipe_file(path, data, ContentType=content_type)
             else:
                 self._fs.pipe_file(path, data)
+
+    def put_all(self, files: Mapping[str, bytes], content_type: str) -> None:
+        """Store small files; on return all of them survive power loss. Much cheaper than one after another.
+
+        Raises:
+            OSError: not all of them are stored.
+        """
+        if self._is_local:
+            with _os_errors():
+                for key, data in files.items():
+                    self._write(Path(self._path(key)), data, durable=False)
+                os.sync()
+            return
+        with ThreadPoolExecutor(NUM_CONNECTIONS, "store") as pool:
+            for _ in pool.map(lambda key: self.put(key, files[key], content_type), files):
+                pass
 
     def get(self, key: str, start: int | None = None, end: int | None = None) -> bytes:
         """The bytes of `key`, or those from `start` up to `end`, exclusive.
@@ -225,7 +241,7 @@ class ResultStore:
                 if errors := reply.get("Errors"):
                     raise OSError(f"result store: {len(errors)} objects not removed: {errors[0].get('Code')}")
                 return
-            with ThreadPoolExecutor(NUM_DELETERS, "expire") as pool:
+            with ThreadPoolExecutor(NUM_CONNECTIONS, "expire") as pool:
                 for _ in pool.map(self._delete_path, paths):
                     pass
 
@@ -233,16 +249,30 @@ class ResultStore:
         with suppress(FileNotFoundError):
             self._fs.rm_file(path)
 
-    def _write(self, path: Path, data: bytes) -> None:
-        """Write a file, again where somebody removed its folder, which was still empty, meanwhile."""
+    def _write(self, path: Path, data: bytes, *, durable: bool = True) -> None:
+        """Write a file, again where somebody removed its folder, which was still empty, meanwhile.
+
+        An announced result survives power loss, and so does its name: folders are synced up to the root,
+        whoever has made them. The file goes first: on most file systems its sync takes along all that was
+        done to names before, and those of the folders find nothing left to do.
+        """
         for left in reversed(range(PUT_TRIES)):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(path, data, durable=True)  # an announced result survives power loss
+                atomic_write(path, data)
+                for one in (path, *self._folders_of(path)) if durable else ():
+                    sync(one)
             except FileNotFoundError:
                 if not left:
                     raise
             else:
+                return
+
+    def _folders_of(self, path: Path) -> Iterator[Path]:
+        """From the one that a file lies in up to the root."""
+        for folder in path.parents:
+            yield folder
+            if folder.as_posix() == self._root:
                 return
 
     def _remove_empty(self, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from engines.distill.config import default_settings
 from engines.distill.disk import room_for
 from engines.distill.distributed import World, collected, sharded_like
 from engines.errors import CheckpointError
+from engines.files import sync
 
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"\d{8}")
@@ -78,7 +78,7 @@ def _write(
         try:
             _write_files(partial, tensors, state, settings)
             partial.rename(path)
-            _sync(directory)
+            sync(directory)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk would stay full
             raise
@@ -99,7 +99,7 @@ def _write_files(
     }
     (partial / "state.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     for file in partial.iterdir():
-        _sync(file)
+        sync(file)
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -192,11 +192,3 @@ def _checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
+from server.api.archiving import archive_ended
 from server.api.catalog import Catalog
 from server.api.dependencies import Services
 from server.api.expiry import expire_old
@@ -19,6 +20,7 @@ from server.api.middleware import BodyLimit, RequestContext
 from server.api.routes import health, images, models, playground, videos
 from server.job import Job
 from server.metrics import Metrics, Outcome
+from server.queue.archive import Archive
 from server.queue.errors import QueueError
 from server.queue.job_queue import JobQueue
 from server.queue.records import RedisHealth
@@ -39,16 +41,19 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        store = ResultStore(settings.results_url)
+        archive = Archive(store)
         queue = JobQueue(
             settings.redis_url,
             max_waiting=settings.max_queue,
             result_ttl_s=settings.record_ttl_s,
+            archive=archive,
             on_deadline=partial(_count_deadline, metrics),
         )
         services = Services(
             settings=settings,
             queue=queue,
-            store=ResultStore(settings.results_url),
+            store=store,
             catalog=Catalog(queue),
             metrics=metrics,
             draining=asyncio.Event(),
@@ -58,12 +63,13 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
         await queue.start()
         closing = asyncio.Event()
         gauges = asyncio.create_task(_export_gauges(services, closing))
+        archiving = asyncio.create_task(archive_ended(services, archive, closing))
         expiry = asyncio.create_task(expire_old(services, closing))
         try:
             yield
         finally:
             closing.set()
-            await asyncio.gather(gauges, expiry)
+            await asyncio.gather(gauges, archiving, expiry)
             await services.catalog.close()
             await queue.close()
 

@@ -32,7 +32,7 @@ async def expire_old(services: Services, closing: asyncio.Event) -> None:
     period_s = min(float(services.settings.result_ttl_s), MAX_PERIOD_S)
     wait_s = random.uniform(0, period_s)
     with ThreadPoolExecutor(1, "expiry") as pool:
-        while not await _closed(closing, wait_s):
+        while not await closed(closing, wait_s):
             wait_s = period_s
             if not await _is_our_turn(services, period_s):
                 continue
@@ -50,20 +50,22 @@ async def _expire(services: Services, closing: asyncio.Event, pool: ThreadPoolEx
     removed, loop = 0, asyncio.get_running_loop()
     while (count := await loop.run_in_executor(pool, next, steps, None)) is not None:
         removed += count
-        if await _closed(closing, PAUSE_S):
+        if await closed(closing, PAUSE_S):
             break
     return removed
 
 
 async def _is_our_turn(services: Services, period_s: float) -> bool:
     """False if another api process does it. While Redis does not say, all do it: that does no harm."""
+    turn_ms = round(900 * period_s)  # over before we ask the next time
     try:
-        return await services.queue.may_expire(round(900 * period_s))  # over before we ask the next time
+        return await services.queue.takes_turn("expiry", turn_ms)
     except QueueError:
         return True
 
 
-async def _closed(closing: asyncio.Event, timeout_s: float) -> bool:
+async def closed(closing: asyncio.Event, timeout_s: float) -> bool:
+    """Whether the process is about to end, once it is or after `timeout_s`."""
     with suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
             await closing.wait()

@@ -19,10 +19,12 @@ from server.api.errors import (
     MissingParameterError,
     QueueUnavailableError,
     RouteNotFoundError,
+    StoreUnavailableError,
     UnknownParameterError,
 )
 from server.api.jobs import ClientGoneError
 from server.api.middleware import error_response
+from server.queue.archive import ArchiveError
 from server.queue.errors import QueueError
 
 CLIENT_GONE_STATUS = 499
@@ -44,6 +46,13 @@ async def _on_queue_error(request: Request, error: QueueError) -> Response:
     logger.warning("queue unavailable: %s", type(error).__name__)
     return error_response(
         QueueUnavailableError("the queue does not answer; try again shortly", retry_after_ms=QUEUE_RETRY_MS)
+    )
+
+
+async def _on_archive_error(_: Request, error: ArchiveError) -> Response:
+    logger.warning("%s", error)
+    return error_response(
+        StoreUnavailableError("the result store, which has this job, does not answer", retry_after_ms=1000)
     )
 
 
@@ -91,6 +100,7 @@ HANDLERS: dict[type[Exception], Any] = {
     ApiError: _on_api_error,
     ClientGoneError: _on_client_gone,
     QueueError: _on_queue_error,
+    ArchiveError: _on_archive_error,
     HTTPException: _on_http_exception,
     RequestValidationError: _on_validation_error,
 }

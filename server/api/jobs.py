@@ -110,7 +110,8 @@ def unknown_job(job_id: str, kind: JobKind) -> JobNotFoundError:
 async def is_expired(services: Services, job: Job) -> bool:
     """Whether a completed job's results are gone: their time is over, or somebody has removed them.
 
-    While the store does not answer, the record is believed; who asks for the bytes is told then.
+    Only its samples are asked for: previews go with them, and each is a call to the store. While the store
+    does not answer, the record is believed; who asks for the bytes is told then.
     """
     if job.status is not JobStatus.DONE:
         return False
@@ -118,7 +119,7 @@ async def is_expired(services: Services, job: Job) -> bool:
         return True
     try:
         kept = await asyncio.gather(
-            *(asyncio.to_thread(services.store.exists, output.key) for output in job.outputs)
+            *(asyncio.to_thread(services.store.exists, output.key) for output in job.samples)
         )
     except OSError:
         return False

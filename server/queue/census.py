@@ -15,6 +15,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from server.job import JobStatus, OutputRef, Priority, model_tag
+from server.queue.archive import Answer
 from server.queue.clock import asked_each_time
 from server.queue.connection import connect
 from server.queue.keys import GROUP, MODELS_KEY, class_prefix, stream_of, waiting_key
@@ -169,7 +170,7 @@ class Census:
                 pipeline.get(name)
             values += pipeline.execute()
         return {
-            name: (value.partition("|")[0], value.partition("|")[2])
+            name: (value.split("|")[0], value.split("|")[1])
             for (_, name), value in zip(keys, values, strict=True)
             if value is not None
         }
@@ -250,6 +251,13 @@ class Census:
 def classes_of(job_id: str, models: Iterable[str]) -> list[str]:
     """The classes whose tag the id ends with: one, unless two names share their 16 bits."""
     return [model for model in models if model_tag(model) == job_id[-4:]]
+
+
+def sight_of(answer: Answer) -> Sight:
+    """A job that Redis does not know any more, as its answer has it."""
+    fields = answer.fields
+    record = [fields.get(name) for name in ("st", "at", "enq", "dl", "fp", "res", "err", "del")]
+    return _sight(answer.id, answer.model, [*record, *(0,) * 6])
 
 
 def _pages(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -7,18 +7,18 @@ import hashlib
 import json
 import logging
 import math
-import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from server.job import TERMINAL, Job, Priority, model_tag
+from server.queue.archive import Answer, Archive, ArchiveError
 from server.queue.calls import Calls
 from server.queue.clock import RedisClock
 from server.queue.connection import connect_async
-from server.queue.keys import EXPIRY_KEY, MODELS_KEY, class_prefix, job_key, waiting_key
+from server.queue.keys import MODELS_KEY, class_prefix, job_key, turn_key, waiting_key
 from server.queue.records import (
     EnqueueResult,
     EnqueueStatus,
@@ -30,6 +30,7 @@ from server.queue.records import (
     load_job,
     load_worker,
 )
+from server.queue.replies import Replies
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,6 @@ IDEMPOTENCY_TTL_MS = 24 * 3600 * 1000
 SWEEP_S = 5.0
 # After its deadline a running job's worker has this long to say so, or to complete, before the sweep ends it.
 DEADLINE_GRACE_MS = 30_000
-READ_BLOCK_MS = 2_000
 
 
 class JobQueue:
@@ -55,6 +55,7 @@ class JobQueue:
         max_waiting: int = 256,
         max_live_per_tenant: int | None = None,
         result_ttl_s: int = 86_400,
+        archive: Archive | None = None,
         on_deadline: Callable[[Job], None] = lambda _: None,
         clock: Callable[[], int] | None = None,
     ) -> None:
@@ -65,6 +66,7 @@ class JobQueue:
             max_waiting: queued jobs a class may hold; one more is QUEUE_FULL.
             max_live_per_tenant: queued and running jobs a tenant may have in a class; None: no limit.
             result_ttl_s: how long the record of a finished job is kept.
+            archive: where to look for jobs that Redis does not know; None: nowhere.
             on_deadline: called with each job that this process's sweep has ended.
             clock: unix ms; None: as Redis counts them, compared with each sweep.
         """
@@ -73,13 +75,11 @@ class JobQueue:
         self._max_waiting = max_waiting
         self._max_live_per_tenant = max_live_per_tenant or 0
         self._result_ttl_ms = result_ttl_s * 1000
+        self._archive = archive
         self._on_deadline = on_deadline
         self.clock: Callable[[], int] = clock or RedisClock()
-        self._boot = secrets.token_hex(8)  # names this process's reply streams
+        self._replies = Replies(self._redis)
         self._known: set[str] = set()
-        self._expected: dict[str, Job] = {}
-        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
-        self._readers: dict[str, asyncio.Task[None]] = {}
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -90,14 +90,11 @@ class JobQueue:
 
     async def close(self) -> None:
         """Stop the background tasks, cancel whoever still waits, and disconnect."""
-        tasks = {*self._readers.values(), *([self._sweeper] if self._sweeper else [])}
-        while tasks:
-            for task in tasks:
-                task.cancel()
+        while self._sweeper and not self._sweeper.done():
+            self._sweeper.cancel()
             # Again and again: before Python 3.12 asyncio.wait_for, inside redis-py, can swallow a cancel.
-            _, tasks = await asyncio.wait(tasks, timeout=0.1)
-        for future in [future for futures in self._waiters.values() for future in futures]:
-            future.cancel()
+            await asyncio.wait([self._sweeper], timeout=0.1)
+        await self._replies.close()
         await self._calls.close()
         await self._redis.aclose()
 
@@ -132,13 +129,19 @@ class JobQueue:
         max_ahead_us = "" if max_ahead_ms is None else math.floor(max_ahead_ms * 1000)
         args = (
             *(job.id, job.tenant, job.priority, job.kind, dump_request(job.request), job.fingerprint),
-            *(job.created_ms, job.deadline_ms, self._result_ttl_ms, job.traceparent or "", self._boot),
+            *(
+                job.created_ms,
+                job.deadline_ms,
+                self._result_ttl_ms,
+                job.traceparent or "",
+                self._replies.address,
+            ),
             dump_cost(job.cost_ms),
             *(_digest(idempotency_key), IDEMPOTENCY_TTL_MS, max_waiting, self._max_live_per_tenant),
             max_ahead_us,
         )
         accepted = False
-        self._expected[job.id] = job  # before the call: the answer may overtake its reply
+        self._replies.expect(job)  # before the call: the answer may overtake its reply
         try:
             await self._know(job.model)
             status, job_id, position, ahead_us = await self._call("enqueue", job.model, *args)
@@ -147,7 +150,7 @@ class JobQueue:
             return EnqueueResult(status=EnqueueStatus.MEMORY)
         finally:
             if not accepted:
-                self._expected.pop(job.id, None)
+                self._replies.expect_no_more(job.id)
         return EnqueueResult(
             status=EnqueueStatus(status),
             job_id=job_id or None,
@@ -160,18 +163,23 @@ class JobQueue:
 
         Raises:
             UnreadableJobError: another version of the server wrote its record.
+            ArchiveError: Redis does not know it, and the archive does not answer.
         """
         for model in await self._models_of(job_id):
             fields: Any = await self._calls.command("HGETALL", job_key(model, job_id))
             if fields:
                 return load_job(model, job_id, fields)
-        return None
+        answer = await self._archived(job_id)
+        return answer.job if answer else None
+
+    async def _archived(self, job_id: str) -> Answer | None:
+        return await asyncio.to_thread(self._archive.read, job_id) if self._archive else None
 
     async def _get_readable(self, job_id: str) -> Job | None:
         """The job, or None where it is unknown or cannot be read."""
         try:
             return await self.get(job_id)
-        except UnreadableJobError as error:
+        except (UnreadableJobError, ArchiveError) as error:
             log.warning("%s", error)
             return None
 
@@ -192,9 +200,21 @@ class JobQueue:
         Returns:
             The job as it is; its objects in the store are the caller's to delete.
         """
-        for model in await self._models_of(job_id):
-            await self._call("delete", model, job_id, self.clock())
+        models = await self._models_of(job_id)
+        found = [await self._call("delete", model, job_id, self.clock()) for model in models]
+        if not any(found):
+            await self._delete_archived(job_id)
         return await self.get(job_id)
+
+    async def _delete_archived(self, job_id: str) -> None:
+        answer = await self._archived(job_id)
+        if answer is None or self._archive is None:
+            return
+        catalog = f"{class_prefix(answer.model)}:l:{answer.fields['tn']}"
+        await self._calls.command("ZREM", catalog, job_id)
+        if "del" not in answer.fields:
+            deleted = Answer(answer.model, job_id, {**answer.fields, "del": str(self.clock())})
+            await asyncio.to_thread(self._archive.write, [deleted])
 
     async def listing(
         self, models: Iterable[str], *, tenant: str, after: str | None, limit: int, newest_first: bool
@@ -241,17 +261,7 @@ class JobQueue:
 
     async def wait(self, job_id: str, timeout_s: float) -> Job | None:
         """The job once it is finished, or as it stands after `timeout_s`; None for an unknown id."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.setdefault(job_id, set()).add(future)
-        try:
-            if self._is_expected(job_id) or await self._watch(job_id):
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(timeout_s):
-                        await future
-        finally:
-            self._waiters[job_id].discard(future)
-            if not self._waiters[job_id]:
-                del self._waiters[job_id]
+        await self._replies.wait(job_id, timeout_s, lambda: self._watch(job_id))
         return await self.get(job_id)
 
     async def stats(self, model: str) -> QueueStats:
@@ -304,10 +314,40 @@ class JobQueue:
             commands_per_s=float(info.get("instantaneous_ops_per_sec", 0)),
         )
 
-    async def may_expire(self, period_ms: int) -> bool:
-        """True for one api process in every `period_ms`: old results are removed by that one."""
-        taken = await self._calls.command("SET", EXPIRY_KEY, self._boot, "NX", "PX", period_ms)
+    async def takes_turn(self, task: str, period_ms: int) -> bool:
+        """True for one api process in every `period_ms`: that one does the task."""
+        taken = await self._calls.command("SET", turn_key(task), self._replies.address, "NX", "PX", period_ms)
         return taken is not None
+
+    async def answers(self, model: str, *, ended_before_ms: int, limit: int) -> list[Answer]:
+        """Records of jobs of one class that ended before a moment (unix ms), the oldest first."""
+        horizon = ended_before_ms + self._result_ttl_ms  # the set is ordered by when records expire
+        ids: Any = await self._calls.command(
+            "ZRANGEBYSCORE", f"{class_prefix(model)}:ended", "-inf", horizon, "LIMIT", 0, limit
+        )
+        pipeline = self._redis.pipeline(transaction=False)
+        for job_id in ids:
+            pipeline.hgetall(job_key(model, job_id))
+        records: list[Any] = await self._calls.unless_silent(pipeline.execute())
+        return [Answer(model, job_id, fields) for job_id, fields in zip(ids, records, strict=True) if fields]
+
+    async def forget(self, answers: Sequence[Answer], *, kept_ms: int) -> int:
+        """Take jobs of one class out of Redis whose answers are in the archive.
+
+        Args:
+            answers: as they were read; what has changed since stays.
+            kept_ms: how long they will be found there, from now on.
+
+        Returns:
+            How many are out.
+        """
+        if not answers:
+            return 0
+        args: list[str | int] = []
+        for answer in answers:
+            key_left_ms = int(answer.fields["enq"]) + IDEMPOTENCY_TTL_MS - self.clock()
+            args += [answer.id, answer.fields["end"], answer.fields.get("del", ""), min(kept_ms, key_left_ms)]
+        return int(await self._call("forget", answers[0].model, *args))
 
     async def models(self) -> dict[str, Mapping[str, Any]]:
         """Every model a worker has ever announced here: name -> its bundle's manifest.json, as a dict.
@@ -343,48 +383,14 @@ class JobQueue:
             found = [model for model in self._known if model_tag(model) == tag]
         return found
 
-    def _is_expected(self, job_id: str) -> bool:
-        """True for a job that this process enqueued and has not heard the end of: it is told anyway."""
-        job = self._expected.get(job_id)
-        if job is None:
-            return False
-        self._listen(job.model)
-        return True
-
-    def _listen(self, model: str) -> None:
-        if model not in self._readers:
-            name = f"queue replies {model}"
-            self._readers[model] = asyncio.create_task(self._read_replies(model), name=name)
-
     async def _watch(self, job_id: str) -> bool:
         """Have this process told when the job ends; False if there is nothing to wait for."""
         for model in await self._models_of(job_id):
-            self._listen(model)
-            status = await self._call("watch", model, job_id, self._boot)
+            self._replies.listen(model)
+            status = await self._call("watch", model, job_id, self._replies.address)
             if status is not None:
                 return status not in TERMINAL
         return False
-
-    async def _read_replies(self, model: str) -> None:
-        """Wake the waiters of one class, for as long as this process lives."""
-        stream, last = f"{class_prefix(model)}:r:{self._boot}", "0-0"
-        while True:
-            try:
-                reply: Any = await self._redis.xread({stream: last}, block=READ_BLOCK_MS)
-            except RedisError as error:
-                log.warning("reply stream of %s: %s; reading on from %s", model, error, last)
-                await asyncio.sleep(0.5)
-                continue
-            for _, entries in reply:
-                for entry, fields in entries:
-                    self._wake(fields["id"])
-                    last = entry
-
-    def _wake(self, job_id: str) -> None:
-        self._expected.pop(job_id, None)
-        for future in self._waiters.get(job_id, ()):
-            if not future.done():
-                future.set_result(None)
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -405,16 +411,14 @@ class JobQueue:
             with suppress(OutOfMemoryError):  # a full Redis must not keep late jobs from ending
                 await self._redis.hsetnx(MODELS_KEY, model, "")  # again, should Redis have lost its data
             for job_id in await self._call("expire", model, self.clock(), DEADLINE_GRACE_MS, 1000):
-                if job := await self.get(job_id):
+                if job := await self._get_readable(job_id):
                     self._on_deadline(job)
-        waited_for = list(self._waiters)
+        waited_for = self._replies.waited_for
         jobs = await asyncio.gather(*map(self._get_readable, waited_for))
         for job_id, job in zip(waited_for, jobs, strict=True):
             if job is None or job.finished:
-                self._wake(job_id)
-        long_over_ms = self.clock() - 2 * DEADLINE_GRACE_MS  # whose reply was lost and nobody waits for
-        for job in [job for job in self._expected.values() if job.deadline_ms < long_over_ms]:
-            del self._expected[job.id]
+                self._replies.wake(job_id)
+        self._replies.drop_overdue(self.clock() - 2 * DEADLINE_GRACE_MS)
 
     async def _compare_clocks(self) -> None:
         if isinstance(self.clock, RedisClock):

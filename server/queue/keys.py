@@ -2,10 +2,13 @@
 
 MODELS_KEY = "q:models"
 """Every class that was ever seen, with its bundle's manifest."""
-EXPIRY_KEY = "q:expiry"
-"""Held by the api process that removes old results now."""
 GROUP = "w"
 """The consumer group of a lane."""
+
+
+def turn_key(task: str) -> str:
+    """Held by the api process that does what one of them is to do."""
+    return f"q:{task}"
 
 
 def class_prefix(model: str) -> str:
@@ -26,3 +29,8 @@ def waiting_key(model: str, priority: str) -> str:
 def stream_of(model: str, version: str) -> str:
     """The lane of one version: the stream that is its dispatch window."""
     return f"{class_prefix(model)}:s:{version}"
+
+
+def replies_key(model: str, address: str) -> str:
+    """The stream in which one api process is told of a class's jobs that have ended."""
+    return f"{class_prefix(model)}:r:{address}"

@@ -35,7 +35,7 @@ _CALLS = (
     "ping", "time", "info server", "script load return", "evalsha ab 0",
     "set KEY x PX 60000", "get KEY", "exists KEY",
     "hset KEY f v", "hsetnx KEY f v", "hget KEY f", "hmget KEY f", "hgetall KEY",
-    "hincrby KEY f 1", "hdel KEY f", "lpush KEY x", "rpush KEY x", "lpop KEY",
+    "hincrby KEY f 1", "hdel KEY f", "lpush KEY x", "rpush KEY x", "lpop KEY", "lrem KEY 1 x",
     "zadd KEY 0 m", "zcard KEY", "zpopmin KEY", "zrange KEY 0 0", "zrangebylex KEY - +",
     "zrangebyscore KEY 0 0",
     "zrank KEY m", "zrem KEY m", "zremrangebylex KEY - +", "zremrangebyscore KEY 0 0",

@@ -17,7 +17,7 @@ PARTS = (
     "_lanes",
 )  # each may use those before it, and all use _names
 VERBS = (
-    "enqueue", "watch", "cancel", "delete", "expire",
+    "enqueue", "watch", "cancel", "delete", "expire", "forget",
     "beat", "leave", "start", "extend", "complete", "fail", "hand_back", "adopt",
 )  # fmt: skip
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from server.job import JobStatus, created_ms_of, result_folders
-from server.queue.census import Census, Letter, Mention, Sight, Sightings, classes_of
+from server.queue.archive import Archive, archive_key
+from server.queue.census import Census, Letter, Mention, Sight, Sightings, classes_of, sight_of
 from server.queue.job_queue import DEADLINE_GRACE_MS, SWEEP_S
+from server.queue.records import UnreadableJobError
 from server.queue.worker_queue import MAX_ATTEMPTS
 from server.store import ResultStore, Stored
 
@@ -139,6 +141,7 @@ class _Auditor:
         self._accepted = accepted
         self._census = census
         self._store = store
+        self._archive = Archive(store)
         self._ttl_ms = ttl_ms
         self._clock = clock
         self._settled = settled
@@ -165,6 +168,9 @@ class _Auditor:
             self.mention(seen, job_id)
         moved = [job_id for job_id in objects if not _is_final(sights.get(job_id, []))]
         sights |= self._census.look({job_id: seen.jobs[job_id] for job_id in moved})
+        for job_id in objects:
+            if _record(sights[job_id]) is None and archive_key(job_id) in objects[job_id]:
+                sights[job_id] += self._archived(job_id)
         findings = [
             finding
             for job_id, looks in sights.items()
@@ -176,6 +182,14 @@ class _Auditor:
             Finding(Code.EMPTY_FOLDER, _job_of(folder), "a folder without a file", folder) for folder in empty
         ]
         return findings, self._count(sights, objects, letters, holders)
+
+    def _archived(self, job_id: str) -> list[Sight]:
+        """A job whose answer is in the store."""
+        try:
+            answer = self._archive.read(job_id)
+        except UnreadableJobError:
+            return []
+        return [sight_of(answer)] if answer else []
 
     def _objects(self, places: Collection[str]) -> tuple[Objects, list[str]]:
         """The files in some folders, and which folders there are empty."""
@@ -240,7 +254,7 @@ class _Auditor:
                 stored_bytes = objects[key].size_bytes
                 text = f"{stored_bytes} bytes in the store, {size_bytes} in the record"
                 yield Finding(Code.SIZE, job.id, text, key)
-        for key in objects.keys() - named.keys():
+        for key in objects.keys() - named.keys() - {archive_key(job.id)}:
             if _is_partial(key):
                 yield Finding(Code.PARTIAL, job.id, "half written, by a worker that was killed", key)
             elif job.status is JobStatus.DONE:

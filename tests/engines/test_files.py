@@ -7,12 +7,11 @@ import pytest
 from engines.files import atomic_write, replacing
 
 
-@pytest.mark.parametrize("durable", [False, True])
-def test_file_is_written_and_then_replaced(tmp_path: Path, durable: bool) -> None:
+def test_file_is_written_and_then_replaced(tmp_path: Path) -> None:
     path = tmp_path / "note.txt"
-    atomic_write(path, "grün\n", durable=durable)
+    atomic_write(path, "grün\n")
     assert path.read_text(encoding="utf-8") == "grün\n"
-    atomic_write(path, b"\x00", durable=durable)
+    atomic_write(path, b"\x00")
     assert path.read_bytes() == b"\x00"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -31,6 +31,33 @@ def test_bytes_come_back_until_they_are_deleted(store: ResultStore) -> None:
         store.get(KEY)
 
 
+def test_many_files_are_stored_with_one_call(store: ResultStore) -> None:
+    files = {f"img_{i % 7}/{i}.json": str(i).encode() for i in range(30)}
+    store.put("img_1/1.json", b"before", "application/json")
+    store.put_all(files, "application/json")
+    assert {key: store.get(key) for key in store.listing()} == files
+
+
+def test_result_and_its_name_are_on_the_disk_before_it_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def note(descriptor: int) -> None:
+        where = Path(f"/proc/self/fd/{descriptor}").readlink()
+        there = sorted(path.name for path in where.iterdir()) if where.is_dir() else [where.read_text()]
+        synced.append(f"{where.relative_to(tmp_path)}: {there}")
+
+    monkeypatch.setattr(os, "fsync", note)
+    ResultStore((tmp_path / "out").as_uri()).put("2026-11-30T01/img_1/1-0.png", b"pixels", "image/png")
+    assert synced == [
+        "out/2026-11-30T01/img_1/1-0.png: ['pixels']",
+        "out/2026-11-30T01/img_1: ['1-0.png']",
+        "out/2026-11-30T01: ['img_1']",
+        "out: ['2026-11-30T01']",
+    ]
+
+
 @pytest.mark.parametrize("key", ["", "/etc/passwd", "../up", "a/../../up", "a\0b"])
 def test_key_that_leaves_the_store_is_refused(store: ResultStore, key: str) -> None:
     for use in (store.get, store.exists, store.delete, lambda key: store.put(key, b"", "image/png")):

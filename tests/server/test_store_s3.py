@@ -73,6 +73,12 @@ def test_objects_lie_under_the_prefix_with_their_type(store: ResultStore, s3_por
     assert behind.info(f"{BUCKET}/some/prefix/{KEY}")["ContentType"] == "image/webp"
 
 
+def test_many_objects_are_stored_with_one_call(store: ResultStore) -> None:
+    files = {f"img_{i % 7}/{i}.json": str(i).encode() for i in range(30)}
+    store.put_all(files, "application/json")
+    assert {key: store.get(key) for key in files} == files
+
+
 def test_another_process_s_changes_are_seen_at_once(store: ResultStore, s3_port: int) -> None:
     store.put(KEY, b"x", "image/png")
     assert list(store.listing()) == [KEY]

@@ -172,7 +172,14 @@ async def create_video(
     "/{job_id}/remix",
     summary="Make a video like another one",
     response_model=VideoJob,
-    responses=documented(*BODY_ERRORS, InvalidFormError, JobNotFoundError, *CREATE_ERRORS),
+    responses=documented(
+        *BODY_ERRORS,
+        InvalidFormError,
+        JobNotFoundError,
+        *CREATE_ERRORS,
+        LengthNotServedError,
+        FpsNotServedError,
+    ),
     openapi_extra=_json_or_form(RemixRequest),
 )
 async def remix_video(

@@ -16,6 +16,8 @@ local function finish(id, status, now, fields)
   if ent and vs then
     drop_entry(vs, ent)
     if st == "queued" then add_to_lane(vs, -(cost or 0)) end
+  elseif st == "queued" then
+    redis.call("LREM", tenant_key(pr, tn), 1, id)
   end
   for boot in string.gmatch(rp, "%S+") do
     local replies = q .. ":r:" .. boot

@@ -1,5 +1,6 @@
--- fit_lanes: open a lane for each version that live workers serve, as long as they can use: the
--- time of a batch for each, to have the next one at hand when they have started one. What waits in a lane that nobody serves any more goes back, and into the others.
+-- fit_lanes: open a lane for each version that live workers serve, as long as they can use: the time of a batch for
+-- each, to have the next one at hand when they have started one. What waits in a lane that nobody serves any more goes
+-- back, and into the others.
 local page = 100
 
 local function empty_lane(version)

@@ -139,7 +139,7 @@ local function pump()
     local priority, tenant, tag = next_turn()
     if not priority then return end
     local id = redis.call("LPOP", tenant_key(priority, tenant))
-    -- A job that ended while it waited (cancelled, deadline) stays in its list until here.
+    -- Else somebody has deleted its record by hand.
     local st, cost, vs, at, req = unpack(redis.call("HMGET", job_key(id), "st", "cost", "vs", "at", plan and "req" or "at"))
     if st == "queued" then
       redis.call("ZADD", turns_key(priority), tag + (cost or 0), tenant)

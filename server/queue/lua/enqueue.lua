@@ -11,18 +11,24 @@ local claim_key = "q" .. idem_name -- which class has it: a tenant uses a key fo
 
 if redis.call("EXISTS", key) == 1 then return {"ok", id, 0, 0} end -- our reply was lost and the client asks again
 
+-- Which job has an idempotency key, its fingerprint, and "archived" if its answer is in the store.
+local function holder_of(name) return string.match(redis.call("GET", name) or "", "^([^|]+)|([^|]+)|?(.*)$") end
+
 if idem ~= "" then
   local other = redis.call("GET", claim_key)
   if other and other ~= q then
-    local holder = string.match(redis.call("GET", other .. idem_name) or "", "^[^|]+")
-    if holder and redis.call("EXISTS", other .. ":j:" .. holder) == 1 then return {"mismatch", holder, 0, 0} end
+    local holder, _, where = holder_of(other .. idem_name)
+    if holder and (where == "archived" or redis.call("EXISTS", other .. ":j:" .. holder) == 1) then
+      return {"mismatch", holder, 0, 0}
+    end
   end
-  local holder, holder_fp = string.match(redis.call("GET", idem_key) or "", "^(.+)|(.+)$")
+  local holder, holder_fp, where = holder_of(idem_key)
   local st, err = nil, nil
   if holder then st, err = unpack(redis.call("HMGET", job_key(holder), "st", "err")) end
   if st == "failed" and cjson.decode(err or "{}").code == "storage" then
     st = nil -- its client was told to ask again, and is to have a new job then
   end
+  st = st or where == "archived" and where
   if st and holder_fp ~= fp then return {"mismatch", holder, 0, 0} end
   if st then return {"dup", holder, 0, 0} end
 end
@@ -44,4 +50,5 @@ if idem ~= "" then
   redis.call("SET", claim_key, q, "PX", idem_ttl)
 end
 accept(id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp, cost)
+if idem ~= "" then redis.call("HSET", key, "ik", idem) end
 return {"ok", id, waiting, ahead}

@@ -94,7 +94,7 @@ async def test_store_that_does_not_answer_is_asked_again(soon: Settings, tmp_pat
 
 async def test_one_api_process_of_several_removes_old_results(api: Api, settings: Settings) -> None:
     async with running_api(settings) as other:
-        turns = [await one.services.queue.may_expire(60_000) for one in (api, other, api)]
+        turns = [await one.services.queue.takes_turn("expiry", 60_000) for one in (api, other, api)]
 
     assert turns == [True, False, False]
 
@@ -106,7 +106,7 @@ async def test_old_results_go_while_redis_is_away(api: Api, soon: Settings, tmp_
     closing = asyncio.Event()
     api.worker.redis.config_set("maxmemory", 1)  # a lock is refused
     with pytest.raises(RedisError):
-        await services.queue.may_expire(1000)
+        await services.queue.takes_turn("expiry", 1000)
     expiring = asyncio.create_task(expire_old(services, closing))
 
     async def gone() -> bool:

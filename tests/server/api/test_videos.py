@@ -17,7 +17,7 @@ from server.settings import Settings
 from server.store import ResultStore
 from server.worker.packing import prompt_hash, read_provenance
 from tests.server.api.running import Api, Worker, error_of, running_api
-from tests.server.api.videos import look, num_frames, post
+from tests.server.api.videos import look, make, num_frames, post
 from tests.server.manifests import make_video_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
@@ -314,14 +314,32 @@ async def test_openapi_describes_videos(api: Api) -> None:
     for described in create["requestBody"]["content"].values():
         assert fields <= described["schema"]["properties"].keys()
     assert {"200", "400", "404", "413", "415", "422", "429", "500", "503"} <= create["responses"].keys()
-    for code in ("length_not_served", "fps_not_served", "wrong_kind"):
-        assert code in create["responses"]["422"]["description"]
+    for path in ("/v1/videos", "/v1/videos/{job_id}/remix"):
+        described_errors = document["paths"][path]["post"]["responses"]["422"]["description"]
+        for code in ("length_not_served", "fps_not_served", "wrong_kind"):
+            assert code in described_errors
     content = document["paths"]["/v1/videos/{job_id}/content"]["get"]["responses"]
     assert {"200", "206", "304", "404", "410", "416", "422"} <= content.keys()
     assert content["206"]["content"].keys() == {"video/mp4", "video/webm", "image/webp", "image/jpeg"}
     assert {"get", "delete"} <= document["paths"]["/v1/videos/{job_id}"].keys()
     assert "/v1/videos/{rest}" not in document["paths"]
     assert "HTTPValidationError" not in json.dumps(document)
+
+
+async def test_poll_asks_the_store_for_the_video_alone(
+    api: Api, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = await make(api, worker)
+    asked: list[str] = []
+    exists = ResultStore.exists
+
+    def note(store: ResultStore, key: str) -> bool:
+        asked.append(key)
+        return exists(store, key)
+
+    monkeypatch.setattr(ResultStore, "exists", note)
+    assert (await look(api, video["id"]))["status"] == "completed"
+    assert [key.rpartition(".")[2] for key in asked] == ["mp4"]
 
 
 async def test_video_comes_with_a_thumbnail_and_a_sheet_of_its_frames(api: Api, worker: Worker) -> None:

@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 from redis.exceptions import ResponseError
 
 from server.job import TERMINAL, UNMEASURED_MS, Job, JobStatus, OutputRef, Priority
+from server.queue.archive import LEFT_OUT, Archive
 from server.queue.connection import connect
 from server.queue.job_queue import JobQueue
 from server.queue.keys import stream_of
@@ -65,6 +66,7 @@ class ModelJob:
     worker: str | None = None
     cancelled: bool = False
     deleted: bool = False
+    archived: bool = False
     finisher: tuple[str, int] | None = None
     outputs: tuple[OutputRef, ...] = ()
     code: str = ""
@@ -95,14 +97,18 @@ class QueueModel(RuleBasedStateMachine):
         super().__init__()
         self.url = url
         self.store = store
+        for key in store.listing():  # of the example before
+            store.delete(key)
         self.clock = Clock()
         self.redis = connect(url)
         self.redis.flushall()
         self.runner = asyncio.Runner()
         self.swept: list[str] = []
+        self.archive = Archive(store)
         self.apis = [
             JobQueue(
                 url,
+                archive=self.archive,
                 max_waiting=MAX_WAITING,
                 max_live_per_tenant=MAX_LIVE_PER_TENANT,
                 on_deadline=lambda job: self.swept.append(job.id),
@@ -271,14 +277,27 @@ class QueueModel(RuleBasedStateMachine):
         return self.runs[-1 - ago % len(self.runs)]
 
     def ended_by(self, one: ModelJob, finisher: tuple[str, int]) -> Settled:
+        if one.archived:
+            return Settled.UNKNOWN
         return Settled.STALE if one.finished and one.finisher != finisher else Settled.OK
 
     def finish(self, one: ModelJob, status: JobStatus, code: str = "") -> None:
         assert not one.finished
+        if one.status is JobStatus.QUEUED and one.entry is None:
+            self.lists[one.job.priority, one.job.tenant].remove(one.job.id)
         one.status, one.code, one.cancelled = status, code, False
         one.entry = one.holder = None
         one.lapsed = False
         self.in_flight[one.job.tenant].discard(one.job.id)
+
+    def is_archived_well(self, one: ModelJob) -> None:
+        """Its answer is in the store as it was in Redis, and nothing else of it is in Redis."""
+        answer = self.archive.read(one.job.id)
+        assert answer is not None
+        fields = dict(answer.fields)
+        assert ("del" in fields) == one.deleted
+        fields.pop("del", None)
+        assert fields == {name: value for name, value in one.frozen.items() if name not in LEFT_OUT}
 
     # what must be true after every step
 
@@ -325,10 +344,8 @@ class QueueModel(RuleBasedStateMachine):
         moved = {job_id: where for where, job_id in inside.items() if self.by_id[job_id].entry is None}
         for waiting in self.lists.values():
             came: list[int] = []
-            while waiting and (waiting[0] in moved or self.by_id[waiting[0]].finished):
+            while waiting and waiting[0] in moved:
                 one = self.by_id[waiting.popleft()]
-                if one.finished:
-                    continue
                 version, entry = moved.pop(one.job.id)
                 self.is_dealt_well(one, version)
                 one.entry, one.lane = entry, version
@@ -381,6 +398,9 @@ class QueueModel(RuleBasedStateMachine):
     def records_agree(self, seen: dict[str, Any]) -> None:
         for job_id, one in self.by_id.items():
             fields = seen[f"j:{job_id}"]
+            if one.archived:
+                assert fields == {}
+                continue
             assert ("del" in fields) == one.deleted
             fields.pop("del", None)  # all that may be added to a final answer
             if one.frozen:
@@ -425,10 +445,7 @@ class QueueModel(RuleBasedStateMachine):
             ids = seen[f"t:{priority}:{tenant}"]
             if ids:
                 filled[priority].append(tenant)
-            # A job that ended while it waited stays in its list until its turn.
-            assert [x for x in ids if not self.by_id[x].finished] == [
-                x for x in expected if not self.by_id[x].finished
-            ]
+            assert ids == list(expected)
         for priority in Priority:
             assert set(filled[priority]) <= set(seen[f"turns:{priority}"]), "a tenant has no turn"
 

@@ -377,6 +377,11 @@ async def whole_life(
         other.beat(worker_info("w2", max_batch=2), "{}")
         for priority in (Priority.HIGH, Priority.LOW):  # the window is full: they wait for their turn
             await queue.enqueue(new("in turn", priority=priority))
+        waits = new("cancelled before its turn")
+        await queue.enqueue(waits)
+        assert await queue.cancel(waits.id) is not None
+        answers = await queue.answers(MODEL, ended_before_ms=clock.now_ms + 1, limit=1)
+        assert await queue.forget(answers, kept_ms=1000) == 1
         leases = worker.read(4, block_ms=1000)
         assert len(leases) == 4
         assert worker.hand_back(leases[2:3]) == 1

@@ -106,6 +106,8 @@ class QueueMachine(QueueModel):
     @rule(ago=AGO)
     def enqueue_the_same_job_again(self, ago: int) -> None:
         job = self.job(ago).job
+        if self.job(ago).archived:
+            return  # its reply was lost long ago: nobody asks for it any more
         result = self.runner.run(self.apis[0].enqueue(job))
         assert (result.status, result.job_id) == (EnqueueStatus.OK, job.id)
 
@@ -146,6 +148,29 @@ class QueueMachine(QueueModel):
         self.swept.clear()
         self.runner.run(self.apis[api].sweep())
         assert sorted(self.swept) == sorted(late)
+
+    @precondition(lambda self: any(one.finished and not one.archived for one in self.by_id.values()))
+    @rule(api=st.integers(0, 1), limit=st.integers(1, 3), late=st.sampled_from([None, None, 0, 1]))
+    def archive_some(self, api: int, limit: int, late: int | None) -> None:
+        """Of those that were read, one may be deleted before they are forgotten: it stays."""
+        horizon_ms = self.clock.now_ms + 1
+        reading = self.apis[api].answers(MODEL, ended_before_ms=horizon_ms, limit=limit)
+        answers = self.runner.run(reading)
+        known = [one for one in self.by_id.values() if one.finished and not one.archived]
+        assert len(answers) == min(limit, len(known))
+        assert {answer.id for answer in answers} <= {one.job.id for one in known}
+        self.archive.write(answers)
+        kept = None
+        if late is not None and late < len(answers) and not self.by_id[answers[late].id].deleted:
+            kept = self.by_id[answers[late].id]
+            kept.deleted = True
+            self.runner.run(self.apis[api].delete(kept.job.id))
+        moved = self.runner.run(self.apis[api].forget(answers, kept_ms=86_400_000))
+        gone = [self.by_id[answer.id] for answer in answers if self.by_id[answer.id] is not kept]
+        assert moved == len(gone)
+        for one in gone:
+            one.archived = True
+            self.is_archived_well(one)
 
     @rule(seconds=st.sampled_from([1, 6, 20, 40]))
     def time_passes(self, seconds: int) -> None:
@@ -425,7 +450,8 @@ class QueueMachine(QueueModel):
             for started in queue.start(leases):
                 if started.job:
                     assert queue.complete(started.job, [], {}) is Settled.OK
-        for job_id, one in self.by_id.items():
+        here = {job_id: one for job_id, one in self.by_id.items() if not one.archived}
+        for job_id, one in here.items():
             status: Any = self.redis.hget(f"{PREFIX}:j:{job_id}", "st")
             assert status in TERMINAL, f"{job_id} is never given to a worker"
             assert not one.frozen or status == one.frozen["st"]
@@ -440,7 +466,7 @@ class QueueMachine(QueueModel):
         stream = stream_of(MODEL, queue.version)
         bundle = {f"{PREFIX}:{kind}" for kind in ("pump", "lanes", "route", "m")}
         assert set(names) - kept <= {"q:models", stream, *bundle}, "something leaks"
-        assert len(self.redis.keys(f"{PREFIX}:j:*")) == len(self.by_id)
+        assert len(self.redis.keys(f"{PREFIX}:j:*")) == len(here)
         assert self.redis.xlen(stream) == 0
         assert self.redis.xpending(stream, "w")["pending"] == 0
         consumers: Any = self.redis.xinfo_consumers(stream, "w")

@@ -12,6 +12,7 @@ import redis
 
 from server.__main__ import main
 from server.job import Job, JobError, JobStatus, OutputRef, new_job_id, result_folders
+from server.queue.archive import Archive, archive_key
 from server.queue.census import Census
 from server.queue.job_queue import JobQueue
 from server.queue.worker_queue import WorkerQueue
@@ -138,6 +139,49 @@ async def test_job_that_moves_while_it_is_read_is_no_mismatch(
     output = put(store, started)
     report = look(settled=True, wait=lambda: worker.complete(started, [output], {}))
     assert report.mismatches == ()
+
+
+async def archive(queue: JobQueue, store: ResultStore, clock: Clock) -> None:
+    answers = await queue.answers(MODEL, ended_before_ms=clock.now_ms + 1, limit=100)
+    Archive(store).write(answers)
+    assert await queue.forget(answers, kept_ms=TTL_S * 1000) == len(answers)
+
+
+async def test_jobs_whose_answers_are_in_the_store_are_clean(
+    look: Look,
+    finish: Callable,
+    queue: JobQueue,
+    new: NewJob,
+    store: ResultStore,
+    clock: Clock,
+) -> None:
+    done, cancelled = await finish(), new()
+    await queue.enqueue(cancelled, idempotency_key="k")
+    await queue.cancel(cancelled.id)
+    await archive(queue, store, clock)
+    stays = await finish()
+
+    for accepted in (None, [done.id, cancelled.id, stays.id]):
+        report = look(accepted=accepted, settled=True)
+        assert (report.mismatches, report.leftovers) == ((), ())
+        assert (report.counts["done"], report.counts["lost"]) == (2, 0)
+        assert (report.counts["records"], report.counts["cancelled"]) == (3, 1)
+
+
+async def test_result_of_an_archived_job_is_missed(
+    look: Look, finish: Callable, queue: JobQueue, store: ResultStore, clock: Clock
+) -> None:
+    done, other = await finish(), await finish()
+    await archive(queue, store, clock)
+    store.delete(done.outputs[0].key)
+    store.delete(archive_key(other.id))
+
+    assert codes(look(accepted=[done.id, other.id])) == [
+        (Code.DANGLING_KEY, look().mismatches[0].id),
+        (Code.LOST, other.id),
+        (Code.MISSING, done.id),
+        (Code.ORPHAN, other.id),
+    ]
 
 
 async def test_loser_that_is_about_to_delete_its_result_leaves_nothing(
