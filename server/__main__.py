@@ -1,4 +1,4 @@
-"""`python -m server up | api | worker | bundle | audit | dead`: build the settings, run one of them."""
+"""`python -m server up | api | worker | bundle | audit | dead | plan`: the settings, and one of these."""
 
 from __future__ import annotations
 
@@ -140,6 +140,31 @@ def run_bundle(settings: Settings, args: argparse.Namespace) -> int:
         routes.close()
 
 
+def run_plan(_: Settings, args: argparse.Namespace) -> int:
+    """How many workers a load needs, from a bundle's latency table."""
+    from rich.console import Console
+
+    from server.worker.plan import Demand
+    from server.worker.plan import run_plan as run
+
+    demand = Demand(
+        rate_per_s=args.rate,
+        num_samples=args.n,
+        slo_ms=args.slo * 1000,
+        percent=args.percentile,
+        beside_ms=args.beside_ms,
+    )
+    return run(
+        args.bundle,
+        demand,
+        size=args.size,
+        num_steps=args.steps,
+        price=args.price,
+        as_json=args.json,
+        console=Console(),
+    )
+
+
 ROLES: dict[str, Callable[[Settings], int]] = {"up": run_up, "api": run_api, "worker": run_worker}
 
 
@@ -201,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--json", action="store_true", help="print JSON")
     _add_bundle(commands.add_parser("bundle", help=run_bundle.__doc__))
     _add_dead(commands.add_parser("dead", help=run_dead.__doc__))
+    _add_plan(commands.add_parser("plan", help=run_plan.__doc__))
     return parser
 
 
@@ -240,6 +266,57 @@ def _add_dead(dead: argparse.ArgumentParser) -> None:
         which = verb.add_mutually_exclusive_group(required=True)
         which.add_argument("ids", nargs="*", default=[], metavar="ID", help="failed jobs")
         which.add_argument("--all", action="store_true", help="all of them")
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.set_defaults(run=run_plan)
+    plan.add_argument(
+        "bundle", type=Path, metavar="DIR", help="its table was measured on a machine like the workers'"
+    )
+    plan.add_argument("--rate", type=_positive, required=True, metavar="N", help="requests per second")
+    plan.add_argument(
+        "--slo", type=_positive, required=True, metavar="SECONDS", help="latency that is promised"
+    )
+    plan.add_argument(
+        "--percentile", type=_percent, default=95.0, metavar="P", help="to so many of 100 requests (95)"
+    )
+    plan.add_argument("--n", type=_count, default=1, metavar="N", help="samples of each request (1)")
+    plan.add_argument(
+        "--size", default="", metavar="WxH", help="of the samples; videos: WxHxFRAMES (the bundle's first)"
+    )
+    plan.add_argument(
+        "--steps", type=_count, metavar="N", help="denoiser calls per sample (the bundle's default)"
+    )
+    plan.add_argument(
+        "--beside-ms",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="what a request takes beside waiting and engine (0)",
+    )
+    plan.add_argument("--price", type=_positive, metavar="X", help="of one worker's machine for an hour")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: more than 0 is expected")
+    return value
+
+
+def _percent(text: str) -> float:
+    value = _positive(text)
+    if value >= 100:
+        raise argparse.ArgumentTypeError(f"{text}: less than 100 is expected")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1 is expected")
+    return value
 
 
 if __name__ == "__main__":
