@@ -141,6 +141,11 @@ class Metrics:
         self.jobs_archived = counter(
             "jobs_archived_total", "Finished jobs whose answers were moved from Redis to the store.", "class"
         )
+        self.accepted_work = counter(
+            "accepted_work_seconds_total",
+            "Predicted engine time of accepted jobs, in full batches; its rate: workers they keep busy.",
+            "class",
+        )
         self.eta = histogram(
             "eta_ratio",
             "Time a job took of the time predicted when it was accepted, where its client waited for it.",

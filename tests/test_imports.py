@@ -37,11 +37,12 @@ NEVER: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     (
         "loadtests",
         ("server", "engines", "tests"),
-        ("loadtests/queue/", "loadtests/distill/", "loadtests/witness/"),
+        ("loadtests/queue/", "loadtests/distill/", "loadtests/witness/", "loadtests/scaling/"),
     ),
     ("loadtests.queue", ("engines", "tests", "torch"), ("loadtests/queue/ours.py",)),
     ("loadtests.queue", tuple(f"engines.{room}" for room in HEAVY_ROOMS), ()),
     ("loadtests.distill", ("server", "tests"), ()),
+    ("loadtests.scaling", ("tests", "torch"), ()),
     ("server", ("engines.runtime",), ENGINE_DOORS),
     ("engines.families", ("engines.compile", "engines.runtime", "engines.distill", "engines.gate"), ()),
     ("engines.runtime", ("engines.compile", "engines.distill", "engines.gate", "engines.bench"), ()),
@@ -64,13 +65,16 @@ NEVER: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
 ]
 
 
-def imported_names(tree: ast.AST) -> Iterator[str]:
+@functools.cache
+def imported_names(tree: ast.AST) -> tuple[str, ...]:
     """Dotted names that a module imports, wherever the statement stands: `from a import b` gives `a.b`."""
+    names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += (f"{node.module}.{alias.name}" for alias in node.names)
+    return tuple(names)
 
 
 def attribute_names(tree: ast.AST) -> Iterator[str]:

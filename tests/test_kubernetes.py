@@ -193,4 +193,6 @@ def test_autoscaler_scales_deployments_that_are_there_by_the_backlog_with_a_fall
         assert one["spec"]["fallback"]["replicas"] >= 1
         (trigger,) = one["spec"]["triggers"]
         model = target.removeprefix("tdm-worker-")
-        assert trigger["metadata"]["query"] == f'max(tdm_queue_backlog_seconds{{class="{model}"}})'
+        assert trigger["metadata"]["threshold"] == "1"
+        for term in ("sum(rate(tdm_accepted_work_seconds_total", "max(tdm_queue_backlog_seconds"):
+            assert f'{term}{{class="{model}"}}' in trigger["metadata"]["query"]

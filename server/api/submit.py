@@ -141,6 +141,8 @@ async def accept(
         _count_refusal(services, model, _REASONS.get(result.status, Refusal.IDEMPOTENCY))
         raise _enqueue_error(result, decision, services, model)
     is_new = result.status is EnqueueStatus.OK
+    if is_new:
+        services.metrics.accepted_work.labels(model.name).inc(job.cost_ms / 1000)
     eta_ms = predict_eta_ms(load, own, ahead_ms=result.ahead_ms) if is_new else decision.eta_ms
     return Accepted(
         job_id=result.job_id,
