@@ -7,7 +7,7 @@ ARGS   ?=
 BIN := $(VENV)/bin
 # Pip would compile what it installs on one core; what cannot be compiled are examples for other versions of Python.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
-BYTECODE = $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
+BYTECODE ?= $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
 

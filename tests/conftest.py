@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from tests.reaper import start_reaper
+from tests.stamp import FOLDER, is_current
 from tests.watchdog import watch
 
 SLOW_FOLDERS = {"e2e", "failures"}
@@ -37,7 +38,8 @@ def _no_settings_from_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--storm`: kill as often as `make storm` does, not as CI has time for."""
+    """`--storm`: kill as often as `make storm` does, not as CI has time for. `--all`: leave nothing out."""
+    parser.addoption("--all", action="store_true", help="run what has passed and not changed since, too")
     parser.addoption("--storm", action="store_true", help="let the storms of tests/failures rage in full")
 
 
@@ -47,9 +49,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW_FOLDERS & set(item.path.parts) or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
+    if not items or not items[0].config.getoption("--all"):
+        leave_out_what_has_passed(items)
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
     skip_what_cannot_run(items)
+
+
+def leave_out_what_has_passed(items: list[pytest.Item]) -> None:
+    """Skip slow tests of engines that have passed with the very same files (tests/stamp.py)."""
+    slow = [item for item in items if FOLDER in item.path.parents and item.get_closest_marker("slow")]
+    if slow and is_current():
+        for item in slow:
+            item.add_marker(
+                pytest.mark.skip(reason="unchanged since it passed (tests/stamp.py); --all runs it")
+            )
 
 
 def skip_what_cannot_run(items: list[pytest.Item]) -> None:

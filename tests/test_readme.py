@@ -67,7 +67,9 @@ def user_environment() -> dict[str, str]:
     left_out = ("MAKE", "MFLAGS", "TDM_", "VIRTUAL_ENV", "PYTEST_", "PYTHON", "VENV", "ARGS", "TORCH")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     path = [entry for entry in kept["PATH"].split(os.pathsep) if Path(entry) != Path(sys.executable).parent]
-    return kept | {"PATH": os.pathsep.join(path), "PYTHON": sys._base_executable}  # type: ignore[attr-defined]
+    python = sys._base_executable  # type: ignore[attr-defined]
+    # BYTECODE: what is imported is compiled then, instead of everything at once.
+    return kept | {"PATH": os.pathsep.join(path), "PYTHON": python, "BYTECODE": "true"}
 
 
 class Shell:
