@@ -8,6 +8,8 @@ import exec from "k6/execution";
 export const CAPACITY = Number(__ENV.CAPACITY || 10);
 // A picture is in time within so many ms, from asking to having it.
 export const SLO_MS = Number(__ENV.SLO_MS || 2000);
+// Clients that an overloaded server keeps waiting: a full queue, and what its workers have.
+export const CROWD = Math.max(800, Math.ceil(10 * CAPACITY));
 const SEED = Number(__ENV.SEED || 1);
 const SHORT = __ENV.SHORT === "1";
 
@@ -32,8 +34,7 @@ export function constantPerMinute(rate, seconds, { vus = Math.ceil(rate / 6) + 2
     rate,
     timeUnit: "1m",
     duration: `${seconds}s`,
-    preAllocatedVUs: Math.min(vus, Math.ceil(rate / 60) + 10),
-    maxVUs: vus,
+    preAllocatedVUs: vus, // all of them: while k6 makes one more, it drops requests
     gracefulStop: "150s",
     ...more,
   };

@@ -3,7 +3,7 @@
 import { check } from "k6";
 import { Trend } from "k6/metrics";
 import { finishedImage, handInUntilAccepted } from "../lib/jobs.js";
-import { constant, keyOf, lengthS, optionsOf } from "../lib/plan.js";
+import { constant, keyOf, lengthS, optionsOf, perMinute } from "../lib/plan.js";
 import { wish } from "../lib/prompts.js";
 
 export { handleSummary } from "../lib/summary.js";
@@ -12,9 +12,13 @@ export { setup } from "../lib/target.js";
 const PATIENCE_MS = 120_000;
 const jobMs = new Trend("job_ms", true);
 
+const PERCENT = 40;
+const SECONDS = lengthS(300, 20);
+// While nobody draws, everybody waits: the clients of a minute.
+const VUS = Math.ceil((perMinute(PERCENT) * Math.min(60, SECONDS)) / 60);
+
 export const options = optionsOf(
-  // While nobody draws, all of them wait.
-  { chaos: constant(40, lengthS(300, 20), { vus: 800 }) },
+  { chaos: constant(PERCENT, SECONDS, { vus: VUS }) },
   { job_ms: [`p(95)<${PATIENCE_MS}`] },
 );
 

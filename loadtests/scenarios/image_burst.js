@@ -1,7 +1,7 @@
 // Three times what the server can draw all at once, out of the blue: nothing breaks, who is refused learns it in so many words,
 // and once the queue has drained everything is as fast as before.
 import { drawBytes } from "../lib/jobs.js";
-import { constant, lengthS, optionsOf, SLO_MS } from "../lib/plan.js";
+import { constant, CROWD, lengthS, optionsOf, SLO_MS } from "../lib/plan.js";
 import { wish } from "../lib/prompts.js";
 
 export { handleSummary } from "../lib/summary.js";
@@ -15,8 +15,8 @@ const phase = (name, startPart, parts, percent, more = {}) =>
 export const options = optionsOf(
   {
     before: phase("before", 0, 3, 20),
-    burst: phase("burst", 3, 1, 300, { preAllocatedVUs: 200, vus: 800 }),
-    draining: phase("draining", 4, 3, 20, { vus: 200 }),
+    burst: phase("burst", 3, 1, 300, { vus: CROWD }),
+    draining: phase("draining", 4, 3, 20, { vus: CROWD }),
     after: phase("after", 7, 3, 20),
   },
   {

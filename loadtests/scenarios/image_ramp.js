@@ -2,7 +2,7 @@
 // `step` is the stair on which a picture was there, or refused; `loadtests/load.py` makes a table of them.
 import exec from "k6/execution";
 import { drawBytes } from "../lib/jobs.js";
-import { lengthS, optionsOf, perMinute } from "../lib/plan.js";
+import { CROWD, lengthS, optionsOf, perMinute } from "../lib/plan.js";
 import { wish } from "../lib/prompts.js";
 import { handleSummary as summary } from "../lib/summary.js";
 
@@ -21,9 +21,7 @@ export const options = optionsOf(
         { target: perMinute(percent), duration: 0 },
         { target: perMinute(percent), duration: `${STEP_S}s` },
       ]),
-      // As many as a full queue holds, and those that workers have.
-      preAllocatedVUs: 100,
-      maxVUs: 800,
+      preAllocatedVUs: CROWD,
       gracefulStop: "150s",
     },
   },
