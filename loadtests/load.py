@@ -41,7 +41,7 @@ from rich.table import Table
 from loadtests import machine, prompts
 from loadtests.client import BadReplyError, LoadClient
 from loadtests.lib.accounts import Notes, audit, settle
-from loadtests.lib.outcome import STAIR_HEADINGS, Outcome, write_page
+from loadtests.lib.outcome import MUST_NOT_GROW, STAIR_HEADINGS, Outcome, write_page
 from loadtests.process import ROOT
 
 SCRIPTS = ROOT / "loadtests" / "scenarios"
@@ -58,7 +58,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-GAUGES = ("process_resident_memory_bytes", "process_open_fds", "tdm_redis_memory_bytes")
+GAUGES = (*MUST_NOT_GROW, "tdm_redis_memory_bytes")
 SAMPLE_S = 5.0
 LOOK_S = 0.2
 MOST_PRINTED = 20
@@ -203,8 +203,8 @@ def run_k6(outcome: Outcome, target: Target, plan: Plan, files: Mapping[str, Pat
             if time.monotonic() > sampled_s + SAMPLE_S:
                 sampled_s = time.monotonic()
                 sample(outcome.gauges, plan.gauges)
-            is_due = num_lines(files["jobs"]) >= (outcome.blows + 1) * plan.blow_every
-            if outcome.blows < len(blows) and is_due:
+            due = (outcome.blows + 1) * plan.blow_every
+            if outcome.blows < len(blows) and num_lines(files["jobs"]) >= due:
                 command = shlex.split(blows[outcome.blows])
                 outcome.blows += 1
                 subprocess.run(command, check=False, stdin=subprocess.DEVNULL)

@@ -289,6 +289,8 @@ def test_knee_is_the_last_stair_before_one_is_late_or_refused() -> None:
     assert knee(late, 2000) == 5
     assert knee([stair(1, 1, 100), stair(5, 5, 200, refused=1)], 2000) == 1
     assert knee([stair(1, 1, 2001)], 2000) == 0
+    queued = [stair(1, 0.8, 100), stair(5, 4.5, 200), stair(9, 7, 1500)]  # on the last one a queue grows
+    assert knee(queued, 2000) == 5
 
 
 def test_server_that_draws_less_when_asked_for_more_is_found_out() -> None:
@@ -301,9 +303,10 @@ def test_server_that_draws_less_when_asked_for_more_is_found_out() -> None:
 def test_what_grows_without_end_is_found_out() -> None:
     # It grows while it warms up, and that is fine; one value out of line is no growth either.
     level = [1.0, 2.0, 5.0, 9.0, 10.0, 10.0, 10.0, 10.0, 11.0, 11.0, 99.0, 11.0]
-    assert not list(judge_gauges({"url": {"open": level}}))
-    assert list(judge_gauges({"url": {"open": [float(n) for n in range(12)]}})) == [
-        "open of url has grown from 4 to 10"
+    rising = [float(number) for number in range(12)]
+    assert not list(judge_gauges({"url": {"process_open_fds": level, "tdm_redis_memory_bytes": rising}}))
+    assert list(judge_gauges({"url": {"process_open_fds": rising}})) == [
+        "process_open_fds of url has grown from 4 to 10"
     ]
 
 

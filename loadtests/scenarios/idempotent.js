@@ -8,7 +8,7 @@ import { wish } from "../lib/prompts.js";
 export { handleSummary } from "../lib/summary.js";
 export { setup } from "../lib/target.js";
 
-export const options = optionsOf({ idempotent: constant(30, lengthS(300, 15)) }, { refused: ["count==0"] });
+export const options = optionsOf({ idempotent: constant(30, lengthS(300, 15)) }, {});
 
 export default function idempotent({ image }) {
   const key = keyOf();

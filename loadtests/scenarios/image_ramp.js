@@ -8,8 +8,9 @@ import { handleSummary as summary } from "../lib/summary.js";
 
 export { setup } from "../lib/target.js";
 
-const STEPS = [10, 30, 50, 70, 90, 110, 130, 150];
-const STEP_S = lengthS(480, 40) / STEPS.length;
+// Narrow where the knee should be.
+const STEPS = [10, 30, 50, 60, 70, 80, 90, 100, 110, 120, 135, 150];
+const STEP_S = lengthS(720, 48) / STEPS.length;
 
 export const options = optionsOf(
   {
