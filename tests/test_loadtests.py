@@ -244,7 +244,7 @@ def test_accounts_name_every_broken_promise(tmp_path: Path) -> None:
     cancelled = {"status": "failed", "error": {"code": "cancelled"}}
     noted = tmp_path / "jobs"
     noted.write_text(
-        "job img_good queued k-1\njob img_good completed k-1\njob img_back - -\njob video_good - -\n"
+        "job img_good queued k-1\njob img_good completed k-1\njob img_back - -\njob vid_good - -\n"
         "job img_lost completed -\njob img_open - -\njob img_two - -\njob img_turned completed -\n"
         "job img_late in_progress k-2\njob img_again - k-2\n"
     )
@@ -254,7 +254,7 @@ def test_accounts_name_every_broken_promise(tmp_path: Path) -> None:
         {
             "/v1/images/img_good": [done],
             "/v1/images/img_back": [cancelled],
-            "/v1/videos/video_good": [{"status": "in_progress"}, done],
+            "/v1/videos/vid_good": [{"status": "in_progress"}, done],
             "/v1/images/img_lost": [None],
             "/v1/images/img_open": [{"status": "queued"}],
             "/v1/images/img_two": [done, failed],

@@ -110,7 +110,7 @@ async def settle(base_url: str, notes: Notes, patience_s: float) -> Accounts:
 
 async def _final(http: aiohttp.ClientSession, job_id: str, deadline_s: float) -> dict[str, Any]:
     """The job once it is finished, or as it stands at the deadline; empty if nobody knows it."""
-    path = f"/v1/{'videos' if job_id.startswith('video') else 'images'}/{job_id}"
+    path = f"/v1/{'videos' if job_id.startswith('vid_') else 'images'}/{job_id}"
     job: dict[str, Any] = {"status": "queued"}
     while True:
         try:
