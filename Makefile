@@ -15,7 +15,7 @@ DEV := $(VENV)/.installed-dev
 .DELETE_ON_ERROR:
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test storm mutants lint format bench load clean
+.PHONY: help serve dev test storm mutants lint format bench load soak clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1  \t/p' $(MAKEFILE_LIST)
@@ -48,8 +48,11 @@ format: $(DEV)  ## rewrite imports and layout
 bench: $(DEV)  ## our server against a diffusers pipeline behind a lock, in one run
 	$(BIN)/python -m loadtests.bench $(ARGS)
 
-load: $(DEV)  ## k6 smoke scenario against a server that is already running (BASE_URL)
-	$(BIN)/k6 run $(ARGS) loadtests/scenarios/smoke.js
+load: $(DEV)  ## k6 scenarios, short ones, against a server that is already running (BASE_URL)
+	@$(BIN)/python -m loadtests.load --short $(ARGS)
+
+soak: $(DEV)  ## the same at full length, eight hours of steady load last
+	@$(BIN)/python -m loadtests.load $(ARGS)
 
 clean:  ## remove the environment and caches; data/ stays
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

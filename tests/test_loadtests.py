@@ -1,22 +1,32 @@
 """The load tests themselves: they pass against a good server and notice a bad one."""
 
+import asyncio
 import base64
+import http.server
 import io
 import json
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
-from loadtests import bench, worker_start
+from loadtests import bench, load, worker_start
 from loadtests.client import BadReplyError, Reply
+from loadtests.lib.accounts import Accounts, Notes, settle
+from loadtests.lib.outcome import Outcome, judge_gauges, judge_stairs, knee
 from loadtests.process import ROOT, ServerProcess
 from server.api.errors import all_errors
+from tests.e2e.system import System, running
 from tests.ports import reserve_port
 from tests.server.conftest import poll
 from tests.shared import compiled_bundle, compiled_video_bundle, tiny_bundle
@@ -100,11 +110,211 @@ def test_smoke_fails_where_no_server_answers() -> None:
 
 
 def test_smoke_asks_for_every_client_error() -> None:
-    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "loadtests").rglob("*.js"))
+    files = [ROOT / "loadtests" / name for name in ("scenarios/smoke.js", "lib/refusals.js")]
+    scripts = "".join(file.read_text(encoding="utf-8") for file in files)
     asked = set(re.findall(r'"([a-z]+_[a-z_]+)"', scripts))
     client_errors = {error.code for error in all_errors() if 400 <= error.status < 500}
     assert NOT_IN_SMOKE.keys() <= client_errors
     assert client_errors - asked == NOT_IN_SMOKE.keys()
+
+
+@pytest.fixture(scope="module")
+def system(image_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with running(System(tmp_path_factory.mktemp("load") / "data", image_bundle)) as system:
+        yield system
+
+
+def load_command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "loadtests.load", "--short", "--capacity=20", f"--out={out}", *options]
+
+
+def environment_of(system: System) -> dict[str, str]:
+    return {**os.environ, "BASE_URL": system.url, "TDM_DATA_DIR": str(system.data_dir)}
+
+
+def run_load(system: System, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        load_command(out, *options),
+        cwd=ROOT,
+        env=environment_of(system),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def result_of(out: Path, scenario: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((out / f"{scenario}.json").read_text(encoding="utf-8"))
+    return result
+
+
+@pytest.mark.slow
+def test_short_chaos_loses_no_job(system: System, tmp_path: Path) -> None:
+    worker = system.worker()
+    kill = shlex.join([sys.executable, "-c", f"import os; os.kill({worker.pid}, {signal.SIGKILL:d})"])
+    done = run_load(system, tmp_path, "--scenario=chaos", "--seconds=5", f"--blow={kill}", "--blow-every=10")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert system.worker().pid != worker.pid
+    result = result_of(tmp_path, "chaos")
+    assert result["blows"] == 1
+    assert result["accounts"]["accepted"] >= 40  # 8 a second
+    assert result["accounts"]["ends"] == {"completed": result["accounts"]["accepted"]}
+    assert result["audit"]["clean"]
+    assert result["audit"]["counts"]["accepted"] == result["accounts"]["accepted"]
+    assert "chaos" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_threshold_that_is_not_kept_fails_the_run(system: System, tmp_path: Path) -> None:
+    done = run_load(system, tmp_path, "--scenario=image_steady", "--seconds=2", "--slo-ms=0.5")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error: image_steady: picture_ms: p(95)<0.5 is not kept: " in done.stderr
+    result = result_of(tmp_path, "image_steady")
+    assert len(result["problems"]) == 1  # the accounts are in order
+    assert result["accounts"]["ends"] == {"completed": result["accounts"]["accepted"]}
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_k6_and_writes_what_there_is(system: System, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        load_command(tmp_path, "--scenario=image_steady", "--scenario=chaos", "--seconds=300"),
+        cwd=ROOT,
+        env=environment_of(system),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        poll(lambda: load.num_lines(tmp_path / "image_steady.jobs") >= 5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=280) == 130
+    result = result_of(tmp_path, "image_steady")
+    assert result["interrupted"]
+    assert result["k6_status"] == 105
+    assert result["accounts"]["accepted"] >= 5
+    assert result["summary"]["metrics"]["pictures"]["values"]["count"] >= 5
+    assert not (tmp_path / "chaos.json").exists()
+
+
+def test_load_says_in_a_line_that_no_server_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"http://127.0.0.1:{reserve_port()}"
+    monkeypatch.setenv("BASE_URL", url)
+    assert load.main(["--short", f"--out={tmp_path}"]) == 2
+    assert re.fullmatch(rf"error: no server is ready at {url} .*\n", capsys.readouterr().err)
+
+
+def test_every_scenario_has_a_script_and_every_script_is_one() -> None:
+    assert {path.stem for path in load.SCRIPTS.glob("*.js")} == set(load.SCENARIOS)
+
+
+class Records(http.server.BaseHTTPRequestHandler):
+    """A server that knows what its class attribute says: path -> answers, the last one for ever."""
+
+    answers: dict[str, list[dict[str, Any] | None]]
+
+    def do_GET(self) -> None:
+        queue = self.answers[self.path]
+        answer = queue.pop(0) if len(queue) > 1 else queue[0]
+        body = json.dumps(answer).encode()
+        self.send_response(404 if answer is None else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+        pass
+
+
+def accounts_of(notes: Notes, answers: dict[str, list[dict[str, Any] | None]]) -> Accounts:
+    handler = type("Told", (Records,), {"answers": answers})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            return asyncio.run(settle(f"http://127.0.0.1:{server.server_port}", notes, patience_s=0.5))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_accounts_name_every_broken_promise(tmp_path: Path) -> None:
+    done, failed = {"status": "completed"}, {"status": "failed", "error": {"code": "poison"}}
+    cancelled = {"status": "failed", "error": {"code": "cancelled"}}
+    noted = tmp_path / "jobs"
+    noted.write_text(
+        "job img_good queued k-1\njob img_good completed k-1\njob img_back - -\njob vid_good - -\n"
+        "job img_lost completed -\njob img_open - -\njob img_two - -\njob img_turned completed -\n"
+        "job img_late in_progress k-2\njob img_again - k-2\n"
+    )
+    notes = Notes.read(noted)
+    accounts = accounts_of(
+        notes,
+        {
+            "/v1/images/img_good": [done],
+            "/v1/images/img_back": [cancelled],
+            "/v1/videos/vid_good": [{"status": "in_progress"}, done],
+            "/v1/images/img_lost": [None],
+            "/v1/images/img_open": [{"status": "queued"}],
+            "/v1/images/img_two": [done, failed],
+            "/v1/images/img_turned": [failed],
+            "/v1/images/img_late": [{"status": "queued"}, failed],
+            "/v1/images/img_again": [done],
+        },
+    )
+    assert sorted(accounts.problems) == [
+        "img_lost is lost",
+        "img_open is unfinished",
+        "img_turned was completed, and is failed",
+        "img_two has two answers: completed, then failed",
+        "key k-2 led to 2 jobs: img_again, img_late",
+    ]
+    assert (accounts.accepted, accounts.asked) == (9, 9)
+    assert accounts.ends == {"completed": 4, "failed": 2, "cancelled": 1, "lost": 1, "unfinished": 1}
+
+
+def stair(offered: float, drawn: float, p95_ms: float, refused: float = 0) -> dict[str, float]:
+    return {
+        "percent": 10 * offered,
+        "offered_per_s": offered,
+        "drawn_per_s": drawn,
+        "p95_ms": p95_ms,
+        "refused": refused,
+    }
+
+
+def test_knee_is_the_last_stair_before_one_is_late_or_refused() -> None:
+    late = [stair(1, 1, 100), stair(5, 5, 200), stair(9, 8, 3000), stair(10, 10, 100)]
+    assert knee(late, 2000) == 5
+    assert knee([stair(1, 1, 100), stair(5, 5, 200, refused=1)], 2000) == 1
+    assert knee([stair(1, 1, 2001)], 2000) == 0
+    queued = [stair(1, 0.8, 100), stair(5, 4.5, 200), stair(9, 7, 1500)]  # on the last one a queue grows
+    assert knee(queued, 2000) == 5
+
+
+def test_server_that_draws_less_when_asked_for_more_is_found_out() -> None:
+    assert not list(judge_stairs([stair(5, 5, 1), stair(10, 8, 1), stair(15, 7, 1)]))
+    assert list(judge_stairs([stair(5, 5, 1), stair(10, 8, 1), stair(15, 6, 1)])) == [
+        "at 150 % it draws 6 pictures/s, at best 8"
+    ]
+
+
+def test_what_grows_without_end_is_found_out() -> None:
+    # It grows while it warms up, and that is fine; one value out of line is no growth either.
+    level = [1.0, 2.0, 5.0, 9.0, 10.0, 10.0, 10.0, 10.0, 11.0, 11.0, 99.0, 11.0]
+    rising = [float(number) for number in range(12)]
+    assert not list(judge_gauges({"url": {"process_open_fds": level, "tdm_redis_memory_bytes": rising}}))
+    assert list(judge_gauges({"url": {"process_open_fds": rising}})) == [
+        "process_open_fds of url has grown from 4 to 10"
+    ]
+
+
+def test_run_that_k6_could_not_begin_has_failed() -> None:
+    outcome = Outcome("smoke", "today", k6_status=107)
+    outcome.judge(num_blows=0)
+    assert outcome.problems == ["k6 ended with status 107: see smoke.log"]
+    assert outcome.verdict == "FAILED"
 
 
 @pytest.mark.slow

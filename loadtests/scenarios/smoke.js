@@ -1,29 +1,20 @@
 // One client, every route, every client error: does the API keep its contract?
 //
 //   k6 run -e BASE_URL=http://127.0.0.1:8000 loadtests/scenarios/smoke.js
-import { check, fail, sleep } from "k6";
-import { BASE_URL, call, errorCode } from "../lib/api.js";
+import { check, sleep } from "k6";
+import { call, errorCode } from "../lib/api.js";
+import { note } from "../lib/jobs.js";
 import { isMp4 } from "../lib/mp4.js";
 import { isPng, isPngBase64 } from "../lib/png.js";
 import { refusals, videoRefusals } from "../lib/refusals.js";
+
+export { handleSummary } from "../lib/summary.js";
+export { setup } from "../lib/target.js";
 
 export const options = {
   scenarios: { smoke: { executor: "per-vu-iterations", vus: 1, iterations: 10, maxDuration: "5m" } },
   thresholds: { checks: ["rate==1"], http_req_failed: ["rate==0"], iterations: ["count==10"] },
 };
-
-export function setup() {
-  if (call("GET", "/readyz").status !== 200) {
-    fail(`no server is ready at ${BASE_URL}`);
-  }
-  const models = call("GET", "/v1/models").json("data");
-  const ofKind = (kind) => models.find((model) => model.kind === kind) || null;
-  const [image, video] = [ofKind("image"), ofKind("video")];
-  if (image === null) {
-    fail("a model for images is needed");
-  }
-  return { image, video };
-}
 
 export default function smoke({ image, video }) {
   smokeImages(image);
@@ -45,6 +36,7 @@ function smokeImages(model) {
     "openai's route draws a picture": (r) => isPngBase64(r.json("data.0.b64_json"), width, height),
     "stages are timed": (r) => r.json("timing_ms.denoise") > 0 && "Server-Timing" in r.headers,
   });
+  note(generated.json("id"), "completed");
 
   for (const steps of model.steps) {
     check(call("POST", "/v1/images", { body: { ...picture, steps, n: 2, response_format: "b64_json" } }), {
@@ -64,6 +56,7 @@ function smokeVideos(model) {
   const created = call("POST", "/v1/videos", { body: { prompt: "a red ball bouncing", seed: __ITER, model: model.id } });
   check(created, { "a video is a job": (r) => r.json("object") === "video" && r.json("model") === model.id });
   const id = created.json("id");
+  note(id);
   const done = poll(`/v1/videos/${id}`, created, "/v1/videos/{id}");
   check(done, { "the video completes": (r) => r.json("status") === "completed" && r.json("progress") === 100 });
 
@@ -106,6 +99,7 @@ function jobThatOutlastsTheWait(picture, width, height) {
   const job = poll(`/v1/images/${accepted.json("id")}`, accepted, "/v1/images/{id}");
   check(job, { "it completes": (r) => r.json("status") === "completed" && r.json("progress") === 100 });
 
+  note(job.json("id"), job.json("status"));
   const content = call("GET", `/v1/images/${accepted.json("id")}/content`, { name: "/v1/images/{id}/content", binary: true });
   check(content, {
     "its bytes are the picture": (r) => r.headers["Content-Type"] === "image/png" && isPng(r.body, width, height),
@@ -117,6 +111,7 @@ function sameKeySameJob(picture) {
   const first = call("POST", "/v1/images", { body: picture, headers });
   const again = call("POST", "/v1/images", { body: picture, headers });
   const other = call("POST", "/v1/images", { body: { ...picture, prompt: "a blue cube" }, headers, status: 422 });
+  [first, again].forEach((answer) => note(answer.json("id"), "completed", headers["Idempotency-Key"]));
   check(null, {
     "the same key and body give the same job": () => first.json("id") === again.json("id"),
     "the same key with another body is refused": () => errorCode(other) === "idempotency_mismatch",
