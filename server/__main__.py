@@ -148,7 +148,7 @@ def run_plan(_: Settings, args: argparse.Namespace) -> int:
     from server.worker.plan import run_plan as run
 
     demand = Demand(
-        rate_per_s=args.rate,
+        rate_per_s=args.rate or 0.0,
         num_samples=args.n,
         slo_ms=args.slo * 1000,
         percent=args.percentile,
@@ -157,6 +157,7 @@ def run_plan(_: Settings, args: argparse.Namespace) -> int:
     return run(
         args.bundle,
         demand,
+        num_workers=args.workers,
         size=args.size,
         num_steps=args.steps,
         price=args.price,
@@ -273,7 +274,9 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "bundle", type=Path, metavar="DIR", help="its table was measured on a machine like the workers'"
     )
-    plan.add_argument("--rate", type=_positive, required=True, metavar="N", help="requests per second")
+    asked = plan.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--rate", type=_positive, metavar="N", help="requests per second: how many workers?")
+    asked.add_argument("--workers", type=_count, metavar="N", help="workers: how many requests per second?")
     plan.add_argument(
         "--slo", type=_positive, required=True, metavar="SECONDS", help="latency that is promised"
     )

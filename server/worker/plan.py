@@ -26,6 +26,8 @@ REQUESTS_PER_WORKER = 200
 MAX_FACTOR = 4
 """A fleet so much larger than what the mean load needs gains nothing by being larger still."""
 SEED = 1
+PRECISION = 0.01
+"""Of the highest rate: share of what the engines could do at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,7 @@ class Demand:
     """What is to be served, and how fast.
 
     Attributes:
-        rate_per_s: requests per second, at random moments.
+        rate_per_s: requests per second, at random moments; 0: as many as can be.
         num_samples: of each request.
         slo_ms: latency that `percent` of the requests must not exceed.
         beside_ms: what a request takes beside waiting and the engine.
@@ -48,9 +50,10 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """A number of workers, and what came of simulating them."""
+    """A number of workers, the requests per second that they got, and what came of simulating it."""
 
     num_workers: int
+    rate_per_s: float
     outcome: Outcome
 
 
@@ -64,46 +67,94 @@ def fleets(demand: Demand, batch_ms: Callable[[int], float], max_batch: int) -> 
     Raises:
         ImpossibleError: none does: one request alone takes longer.
     """
-    full, rest = divmod(demand.num_samples, max_batch)
-    alone_ms = full * batch_ms(max_batch) + (batch_ms(rest) if rest else 0.0)
-    alone_ms += demand.beside_ms
-    if alone_ms > demand.slo_ms:
-        allowed = f"{demand.slo_ms:.0f} ms are allowed"
-        raise ImpossibleError(f"one request alone takes {alone_ms:.0f} ms; {allowed}")
-    most_per_s = max(1000 * size / batch_ms(size) for size in range(1, max_batch + 1))
-    least = math.floor(demand.rate_per_s * demand.num_samples / most_per_s) + 1
+    alone_ms = _alone_ms(demand, batch_ms, max_batch)
+    most_per_s = _most_per_s(batch_ms, max_batch) / demand.num_samples
+    least = math.floor(demand.rate_per_s / most_per_s) + 1
     for num_workers in range(least, MAX_FACTOR * least + 2):
-        count = max(MIN_REQUESTS, REQUESTS_PER_WORKER * num_workers)
-        outcome = simulate(
-            poisson(demand.rate_per_s, count, SEED),
-            batch_ms=batch_ms,
-            max_batch=max_batch,
-            num_workers=num_workers,
-            num_samples=demand.num_samples,
-            beside_ms=demand.beside_ms,
-        )
-        yield Fleet(num_workers, outcome)
-        if outcome.percentile_ms(demand.percent) <= demand.slo_ms:
+        fleet = _simulated(demand, demand.rate_per_s, num_workers, batch_ms, max_batch)
+        yield fleet
+        if _is_kept(demand, fleet):
             return
     promise = f"{demand.slo_ms:.0f} ms, too close to the {alone_ms:.0f} ms of one alone"
     raise ImpossibleError(f"{num_workers} workers do not keep {promise}")
+
+
+def most_for(demand: Demand, num_workers: int, batch_ms: Callable[[int], float], max_batch: int) -> Fleet:
+    """The fleet of this size under the highest rate at which it keeps the promise, within 1 %.
+
+    Raises:
+        ImpossibleError: it keeps it at none: one request alone takes longer.
+    """
+    _alone_ms(demand, batch_ms, max_batch)
+    highest = num_workers * _most_per_s(batch_ms, max_batch) / demand.num_samples
+    low, high = 0.0, highest
+    found: Fleet | None = None
+    while high - low > PRECISION * highest:
+        rate = (low + high) / 2
+        fleet = _simulated(demand, rate, num_workers, batch_ms, max_batch)
+        if _is_kept(demand, fleet):
+            low, found = rate, fleet
+        else:
+            high = rate
+    if found is None:
+        raise ImpossibleError(f"{num_workers} workers keep {demand.slo_ms:.0f} ms at no rate to speak of")
+    return found
+
+
+def _simulated(
+    demand: Demand, rate_per_s: float, num_workers: int, batch_ms: Callable[[int], float], max_batch: int
+) -> Fleet:
+    outcome = simulate(
+        poisson(rate_per_s, max(MIN_REQUESTS, REQUESTS_PER_WORKER * num_workers), SEED),
+        batch_ms=batch_ms,
+        max_batch=max_batch,
+        num_workers=num_workers,
+        num_samples=demand.num_samples,
+        beside_ms=demand.beside_ms,
+    )
+    return Fleet(num_workers, rate_per_s, outcome)
+
+
+def _is_kept(demand: Demand, fleet: Fleet) -> bool:
+    return fleet.outcome.percentile_ms(demand.percent) <= demand.slo_ms
+
+
+def _alone_ms(demand: Demand, batch_ms: Callable[[int], float], max_batch: int) -> float:
+    """What one request takes that finds everything idle.
+
+    Raises:
+        ImpossibleError: longer than is promised.
+    """
+    full, rest = divmod(demand.num_samples, max_batch)
+    alone_ms = full * batch_ms(max_batch) + (batch_ms(rest) if rest else 0.0) + demand.beside_ms
+    if alone_ms > demand.slo_ms:
+        allowed = f"{demand.slo_ms:.0f} ms are allowed"
+        raise ImpossibleError(f"one request alone takes {alone_ms:.0f} ms; {allowed}")
+    return alone_ms
+
+
+def _most_per_s(batch_ms: Callable[[int], float], max_batch: int) -> float:
+    """Samples per second of a worker that always runs the batches that suit it best."""
+    return max(1000 * size / batch_ms(size) for size in range(1, max_batch + 1))
 
 
 def run_plan(
     bundle: Path,
     demand: Demand,
     *,
+    num_workers: int | None,
     size: str,
     num_steps: int | None,
     price: float | None,
     as_json: bool,
     console: Console,
 ) -> int:
-    """Print the smallest fleet that meets the demand.
+    """Print the smallest fleet that meets the demand, or the most that a given one does.
 
     Args:
         bundle: directory.
         demand: requests and promise.
+        num_workers: of a given fleet; None finds one.
         size: WIDTHxHEIGHT, for videos WIDTHxHEIGHTxFRAMES; empty takes the bundle's first.
         num_steps: of each sample; None takes the bundle's default.
         price: of one worker's machine for an hour, in any currency.
@@ -120,32 +171,45 @@ def run_plan(
     except BundleError as error:
         raise ValueError(f"{bundle}: {error}") from None
     batch_ms = _batch_ms(manifest, size, num_steps or manifest.default_num_steps)
-    tried: list[Fleet] = []
     try:
-        tried.extend(fleets(demand, batch_ms, manifest.max_batch))
+        if num_workers is None:
+            tried = list(fleets(demand, batch_ms, manifest.max_batch))
+        else:
+            tried = [most_for(demand, num_workers, batch_ms, manifest.max_batch)]
     except ImpossibleError as error:
         console.print(f"error: {error}", markup=False)
         return 1
+    _print(manifest, demand, tried, price, as_json=as_json, console=console)
+    return 0
+
+
+def _print(
+    manifest: Manifest,
+    demand: Demand,
+    tried: list[Fleet],
+    price: float | None,
+    *,
+    as_json: bool,
+    console: Console,
+) -> None:
     found = tried[-1]
-    hours = found.num_workers / (
-        3.6 * demand.rate_per_s * demand.num_samples
-    )  # of a worker, per 1,000 samples
+    hours = found.num_workers / (3.6 * found.rate_per_s * demand.num_samples)  # for 1,000 samples
     if as_json:
         result = {
             "workers": found.num_workers,
+            "requests_per_s": found.rate_per_s,
             "worker_hours_per_day": 24 * found.num_workers,
             "worker_hours_per_1000": hours,
             "price_per_1000": None if price is None else hours * price,
             "fleets": [_row(fleet, demand) for fleet in tried],
         }
         print(json.dumps(result, indent=2))  # noqa: T201 - the command's answer
-        return 0
+        return
     console.print(_table(manifest, demand, tried))
     noun = "videos" if manifest.kind == "video" else "images"
-    day = f"{24 * found.num_workers} worker-hours a day"
-    line = f"{found.num_workers} workers, {day}, {hours:.4g} for 1,000 {noun}"
+    served = f"{found.num_workers} workers for {found.rate_per_s:.3g} requests/s"
+    line = f"{served}: {24 * found.num_workers} worker-hours a day, {hours:.4g} for 1,000 {noun}"
     console.print(line if price is None else f"{line}, which cost {hours * price:.4g}")
-    return 0
 
 
 def _batch_ms(manifest: Manifest, size: str, num_steps: int) -> Callable[[int], float]:
@@ -191,7 +255,9 @@ def _percents(demand: Demand) -> list[float]:
 
 def _table(manifest: Manifest, demand: Demand, tried: list[Fleet]) -> Table:
     promise = f"{demand.percent:g} % within {demand.slo_ms / 1000:g} s"
-    table = Table(title=f"{manifest.name} {manifest.version}: {demand.rate_per_s:g} requests/s, {promise}")
+    table = Table(
+        title=f"{manifest.name} {manifest.version}: {tried[-1].rate_per_s:.3g} requests/s, {promise}"
+    )
     for name in ("workers", "busy", "batch", *(f"p{percent:g}" for percent in _percents(demand)), "kept"):
         table.add_column(name, justify="right")
     for fleet in tried:

@@ -9,7 +9,7 @@ import pytest
 
 from engines.bundle.manifest import write_manifest
 from server.__main__ import main
-from server.worker.plan import Demand, ImpossibleError, fleets
+from server.worker.plan import Demand, ImpossibleError, fleets, most_for
 from tests.server.manifests import make_manifest
 
 
@@ -45,6 +45,16 @@ def test_more_is_never_had_for_less(stricter: dict[str, float], laxer: dict[str,
     assert few <= many
 
 
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_most_that_a_fleet_serves_is_just_what_it_takes_to_serve_it(num_workers: int) -> None:
+    most = most_for(demand(), num_workers, batch_ms, max_batch=8)
+    assert most.outcome.percentile_ms(95) <= 400
+    *_, enough = fleets(demand(rate_per_s=most.rate_per_s), batch_ms, max_batch=8)
+    assert enough.num_workers == num_workers
+    *_, more = fleets(demand(rate_per_s=1.1 * most.rate_per_s), batch_ms, max_batch=8)
+    assert more.num_workers == num_workers + 1
+
+
 def test_promise_that_one_request_alone_breaks_is_impossible() -> None:
     with pytest.raises(ImpossibleError, match="one request alone takes 60 ms; 55 ms are allowed"):
         list(fleets(demand(slo_ms=55.0), batch_ms, 8))
@@ -63,6 +73,14 @@ def test_command_prints_a_table_and_what_it_comes_to(
     assert "95 % within 2 s" in printed
     assert "worker-hours a day" in printed
     assert "which cost" in printed
+
+
+def test_command_says_what_given_workers_can_do(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(bundle), "--workers", "2", "--slo", "2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    # A batch of 8 takes 6 times 100 ms: one worker makes at most 13.3 a second.
+    assert plan["workers"] == 2
+    assert 20 < plan["requests_per_s"] < 26.7
 
 
 def test_command_prints_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
