@@ -196,3 +196,6 @@ def test_autoscaler_scales_deployments_that_are_there_by_the_backlog_with_a_fall
         assert trigger["metadata"]["threshold"] == "1"
         for term in ("sum(rate(tdm_accepted_work_seconds_total", "max(tdm_queue_backlog_seconds"):
             assert f'{term}{{class="{model}"}}' in trigger["metadata"]["query"]
+        assert (
+            "/ 0.75 or vector(0))" in trigger["metadata"]["query"]
+        )  # else nothing plus a backlog is nothing

@@ -345,8 +345,13 @@ class JobQueue:
             return 0
         args: list[str | int] = []
         for answer in answers:
-            key_left_ms = int(answer.fields["enq"]) + IDEMPOTENCY_TTL_MS - self.clock()
-            args += [answer.id, answer.fields["end"], answer.fields.get("del", ""), min(kept_ms, key_left_ms)]
+            # A record that nobody can read must not keep the others here.
+            created_ms = answer.fields.get("enq", "")
+            key_left_ms = (
+                (int(created_ms) if created_ms.isdecimal() else 0) + IDEMPOTENCY_TTL_MS - self.clock()
+            )
+            seen = (answer.fields.get("end", ""), answer.fields.get("del", ""))
+            args += [answer.id, *seen, min(kept_ms, key_left_ms)]
         return int(await self._call("forget", answers[0].model, *args))
 
     async def models(self) -> dict[str, Mapping[str, Any]]:

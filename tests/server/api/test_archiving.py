@@ -15,6 +15,7 @@ from server.settings import Settings
 from server.store import ResultStore
 from tests.server.api.running import Api, Worker, error_of, running_api
 from tests.server.api.videos import make, post
+from tests.server.conftest import poll_async
 from tests.server.manifests import make_video_manifest
 
 KEY = {"idempotency-key": "order-1"}
@@ -171,6 +172,41 @@ async def test_store_that_does_not_answer_loses_no_answer(api: Api, tmp_path: Pa
         refused = await api.client.get(f"/v1/images/{drawn.json()['id']}")
         assert error_of(refused)[:2] == (503, "store_unavailable")
         assert "retry-after" in refused.headers
+
+
+@pytest.mark.parametrize("field", ["enq", "end", "fp", "tn", "req"])
+async def test_record_that_nobody_can_read_keeps_no_other_from_moving(api: Api, field: str) -> None:
+    damaged, other = (await api.draw(headers=KEY)).json(), (await api.draw()).json()
+    (key,) = api.worker.redis.keys(f"q:{{*}}:j:{damaged['id']}")
+    api.worker.redis.hdel(key, field)
+    await archive(api)
+    assert num_records(api) == 0
+    assert (await api.client.get(f"/v1/images/{other['id']}")).json()["status"] == "completed"
+
+
+async def test_api_process_moves_answers_by_itself(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    await api.draw()
+    monkeypatch.setattr("server.api.archiving.PERIOD_S", 0.01)
+    async with running_api(api.services.settings) as other:
+        clock = other.services.queue.clock
+        other.services.queue.clock = lambda: clock() + HOUR_MS + 1000
+
+        async def moved() -> bool:
+            return num_records(api) == 0
+
+        await poll_async(moved)
+
+
+async def test_accepted_work_is_counted_once_for_each_job(api: Api) -> None:
+    def work_s() -> float:
+        value = api.services.metrics.registry.get_sample_value
+        return value("tdm_accepted_work_seconds_total", {"class": "scenes"}) or 0.0
+
+    first = await api.post({"wait_s": 0, "n": 2}, headers=KEY)
+    (job,) = api.worker.jobs()
+    assert work_s() == pytest.approx(job.cost_ms / 1000)
+    assert (await api.post({"wait_s": 0, "n": 2}, headers=KEY)).json()["id"] == first.json()["id"]
+    assert work_s() == pytest.approx(job.cost_ms / 1000)
 
 
 async def test_answer_that_cannot_be_read_is_said_to_be_so(api: Api) -> None:
