@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from engines.bundle.bucket import Bucket
@@ -36,6 +36,9 @@ TIMING = {
     "pack": 0.0,
     "store": 0.0,
 }
+
+# The others know nothing of previews.
+RECORDED = [field.name for field in fields(OutputRef) if field.name != "variant"]
 
 Result = tuple[Job, Sequence[OutputRef], Mapping[str, float], Sequence[str]]
 
@@ -105,9 +108,7 @@ class _Client:
         job = await self._queue.wait(handle, DEADLINE_S)
         if job is None or not job.outputs:
             return job
-        recorded = asdict(job.outputs[0])
-        recorded.pop("variant")  # the others know nothing of previews
-        return recorded
+        return {name: getattr(job.outputs[0], name) for name in RECORDED}
 
 
 class _Worker:
@@ -141,9 +142,10 @@ class _Worker:
         return leases
 
     def _run_batch(self, leases: Sequence[Lease]) -> None:
-        self._queue.look(leases)  # a real worker forms batches from what it sees here
+        jobs, _ = self._queue.look(leases)  # a real worker forms batches from what it sees here
+        seen = {job.id: job for job in jobs if isinstance(job, Job)}
         done: dict[Lease, Result] = {}
-        for lease, started in zip(leases, self._queue.start(leases), strict=True):
+        for lease, started in zip(leases, self._queue.start(leases, seen), strict=True):
             if started.job is None:
                 self._heartbeat.release([lease])
                 continue

@@ -6,8 +6,9 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 from redis.exceptions import NoScriptError, OutOfMemoryError, ResponseError
@@ -207,27 +208,43 @@ class WorkerQueue:
     def refuse(self, lease: Lease, error: JobError) -> None:
         """End a leased job that cannot be worked on, without reading more of its record than must be."""
         try:
-            args = (*self._who, lease.entry, lease.job_id, self.clock(), MAX_ATTEMPTS)
-            verdict, *rest = self._call("start", *args)
-            if verdict != "run":
+            (reply,) = self._begin([lease], self.clock())
+            if reply[0] != "run":
                 return  # it is ended, gone, or somebody else's
-            attempt = dict(zip(rest[::2], rest[1::2], strict=True))["at"]
             now_ms, err = self.clock(), dump_error(error)
-            self._call("fail", *self._who, attempt, lease.job_id, now_ms, JobStatus.FAILED, err, "{}")
+            self._call("fail", *self._who, reply[1], lease.job_id, now_ms, JobStatus.FAILED, err, "{}")
         except ResponseError as broken:  # the script itself cannot make sense of it
             log.error("job %s cannot be ended: %s", lease.job_id, broken)  # noqa: TRY400
 
-    def start(self, leases: Sequence[Lease]) -> list[Started]:
-        """Begin the next attempt of each leased job, in one round trip.
+    def start(self, leases: Sequence[Lease], seen: Mapping[str, Job] = MappingProxyType({})) -> list[Started]:
+        """Begin the next attempt of each leased job, in one script.
 
         A job past its deadline, cancelled, or already tried MAX_ATTEMPTS times is ended here instead.
+
+        Args:
+            leases: of jobs.
+            seen: some of these jobs by id, as `look` returned them. The others are read now.
         """
-        now_ms = self.clock()
-        replies = self._call_many(
-            "start",
-            [(*self._who, lease.entry, lease.job_id, now_ms, MAX_ATTEMPTS) for lease in leases],
-        )
-        return [self._started(lease, reply) for lease, reply in zip(leases, replies, strict=True)]
+        if not leases:
+            return []
+        replies = self._begin(leases, self.clock())
+        unseen = [
+            lease
+            for lease, reply in zip(leases, replies, strict=True)
+            if reply[0] == "run" and lease.job_id not in seen
+        ]
+        if unseen:
+            jobs, _ = self.look(unseen)
+            seen = {**seen, **{job.id: job for job in jobs if isinstance(job, Job)}}
+        return [
+            self._started(seen.get(lease.job_id), *reply)
+            for lease, reply in zip(leases, replies, strict=True)
+        ]
+
+    def _begin(self, leases: Sequence[Lease], now_ms: int) -> list[list[str]]:
+        args = [arg for lease in leases for arg in (lease.entry, lease.job_id)]
+        replies: list[list[str]] = self._call("start", *self._who, now_ms, MAX_ATTEMPTS, *args)
+        return replies
 
     def extend(self, progress: Mapping[Lease, int]) -> dict[Lease, Verdict]:
         """Keep leases for another lease time, and record how far (0..100) each job is."""
@@ -294,26 +311,11 @@ class WorkerQueue:
         return self.version, self.consumer
 
     def _call(self, verb: str, *args: str | int | float) -> Any:
-        return self._call_many(verb, [args])[0]
-
-    def _call_many(self, verb: str, calls: Sequence[tuple[str | int | float, ...]]) -> list[Any]:
-        """Run one verb with each of these arguments: one round trip, and one sync of the disk for all.
-
-        Raises:
-            RedisError: the first of their errors; the others have had their effect.
-        """
         try:
-            return self._pipeline(verb, calls)
+            return self._redis.evalsha(script_sha(verb), 1, self._prefix, *map(str, args))
         except NoScriptError:  # a server that was restarted, or never saw it
             self._redis.script_load(script(verb))
-            return self._pipeline(verb, calls)
-
-    def _pipeline(self, verb: str, calls: Sequence[tuple[str | int | float, ...]]) -> list[Any]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for args in calls:
-            pipeline.execute_command("EVALSHA", script_sha(verb), 1, self._prefix, *args)
-        replies: list[Any] = pipeline.execute()
-        return replies
+            return self._redis.evalsha(script_sha(verb), 1, self._prefix, *map(str, args))
 
     def _rejoin(self) -> None:
         """Announce this worker again: Redis lost its data, or took the worker for dead and the lane away."""
@@ -326,11 +328,23 @@ class WorkerQueue:
         except UnreadableJobError as error:
             return error
 
-    def _started(self, lease: Lease, reply: list[str]) -> Started:
-        verdict, *rest = reply
+    def _started(self, job: Job | None, verdict: str, *rest: str) -> Started:
+        """What became of a job, from the script's reply and its record of before or after."""
         if verdict != "run":
             return Started(None, Dropped(rest[0] if rest else verdict))
-        return Started(load_job(self.model, lease.job_id, dict(zip(rest[::2], rest[1::2], strict=True))))
+        if job is None:  # deleted by hand a moment ago
+            return Started(None, Dropped.UNKNOWN)
+        attempt, started_ms = rest
+        begun = replace(
+            job,
+            status=JobStatus.RUNNING,
+            attempt=int(attempt),
+            started_ms=int(started_ms),
+            progress=0,
+            worker=self.consumer,
+            version=self.version,
+        )
+        return Started(begun)
 
 
 def _lease(entry: tuple[str, Mapping[str, str]]) -> Lease:

@@ -188,7 +188,9 @@ class Batcher:
         return taken
 
     def _start(self, jobs: Sequence[LeasedJob]) -> None:
-        replies = self._queue.start([leased.lease for leased in jobs])
+        replies = self._queue.start(
+            [leased.lease for leased in jobs], {leased.job.id: leased.job for leased in jobs}
+        )
         for leased, started in zip(jobs, replies, strict=True):
             if started.job is None:
                 self._count_drop(leased.job, started.dropped)

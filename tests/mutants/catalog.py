@@ -30,6 +30,13 @@ MUTANTS = (
         VERBS,
     ),
     Mutant(
+        "the window is not filled up for what was started",
+        f"{SCRIPTS}/start.lua",
+        "if begun_any then pump() end",
+        "",
+        VERBS,
+    ),
+    Mutant(
         "a job past its deadline is started",
         f"{SCRIPTS}/start.lua",
         "if tonumber(now) >= tonumber(dl) then",
@@ -207,8 +214,8 @@ MUTANTS = (
     Mutant(
         "a job whose reply was lost is tried again by the same worker",
         f"{SCRIPTS}/start.lua",
-        'local again = st == "running" and own == consumer',
-        "local again = false",
+        'if st == "running" and own == consumer then return {"run", at, beg} end',
+        "",
         VERBS,
     ),
     Mutant(

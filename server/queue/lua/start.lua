@@ -1,26 +1,28 @@
 #!lua flags=allow-oom
--- start: begin the next attempt of a leased job. -> {"run", field, value, ...} | {"drop", why} | {"lost"}
-local version, consumer, entry, id, now, max_attempts = unpack(ARGV)
-if not owns(version, consumer, entry) then return {"lost"} end -- else a worker frozen since its read would rob the new owner
+-- start: begin the next attempt of leased jobs, given as (entry, id) each.
+-- -> for each {"run", attempt, start of it} | {"drop", why} | {"lost"}
+local version, consumer, now, max_attempts = unpack(ARGV, 1, 4)
+local begun_any = false
 
-local key = job_key(id)
-local st, ent, vs, own, at, dl, cx, pr, cost =
-  unpack(redis.call("HMGET", key, "st", "ent", "vs", "own", "at", "dl", "cx", "pr", "cost"))
-if not st or terminal[st] or ent ~= entry or vs ~= version then
-  drop_entry(version, entry)
-  return {"drop", terminal[st] and st or "unknown"}
-end
-if cx then
-  finish_cancelled(id, now)
-  return {"drop", "cancelled"}
-end
-if tonumber(now) >= tonumber(dl) then
-  finish_deadline(id, now)
-  return {"drop", "deadline"}
-end
--- The same consumer is the same process life: it asks again because our reply was lost. Nobody died.
-local again = st == "running" and own == consumer
-if not again then
+local function start(entry, id)
+  if not owns(version, consumer, entry) then return {"lost"} end -- else a worker frozen since its read would rob the new owner
+  local key = job_key(id)
+  local st, ent, vs, own, at, dl, cx, pr, cost, beg =
+    unpack(redis.call("HMGET", key, "st", "ent", "vs", "own", "at", "dl", "cx", "pr", "cost", "beg"))
+  if not st or terminal[st] or ent ~= entry or vs ~= version then
+    drop_entry(version, entry)
+    return {"drop", terminal[st] and st or "unknown"}
+  end
+  if cx then
+    finish_cancelled(id, now)
+    return {"drop", "cancelled"}
+  end
+  if tonumber(now) >= tonumber(dl) then
+    finish_deadline(id, now)
+    return {"drop", "deadline"}
+  end
+  -- The same consumer is the same process life: it asks again because our reply was lost. Nobody died.
+  if st == "running" and own == consumer then return {"run", at, beg} end
   if tonumber(at) >= tonumber(max_attempts) then
     local err = error_json("poison", "the worker died in each of its " .. at .. " attempts")
     local tn, req = unpack(redis.call("HMGET", key, "tn", "req"))
@@ -33,7 +35,12 @@ if not again then
   if st == "queued" then
     wait_no_more(id, pr, cost)
     add_to_lane(version, -(cost or 0))
-    pump()
+    begun_any = true
   end
+  return {"run", at + 1, now}
 end
-return {"run", unpack(redis.call("HGETALL", key))}
+
+local replies = {}
+for i = 5, #ARGV, 2 do replies[#replies + 1] = start(ARGV[i], ARGV[i + 1]) end
+if begun_any then pump() end
+return replies

@@ -14,7 +14,7 @@ from server.queue.connection import connect_async
 from server.queue.job_queue import JobQueue
 from server.queue.records import EnqueueStatus
 from server.queue.worker_queue import Settled, WorkerQueue
-from tests.server.conftest import poll_async
+from tests.server.conftest import Clock, poll_async
 
 NewJob = Callable[..., Job]
 MakeWorker = Callable[..., WorkerQueue]
@@ -118,6 +118,47 @@ async def test_calls_that_miss_a_script_together_load_it_once(redis_url: str, cl
     stats: Any = client.info("commandstats")
     assert stats["cmdstat_script|load"]["calls"] == 1
     await connection.aclose()
+
+
+async def test_jobs_started_together_are_begun_or_dropped_one_by_one(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, clock: Clock
+) -> None:
+    jobs = [new(deadline_s=1 if index == 1 else 60) for index in range(4)]
+    for job in jobs:
+        await queue.enqueue(job)
+    worker, other = make_worker("w1", max_batch=4), make_worker("w2")
+    leases = worker.read(4)
+    assert await queue.cancel(jobs[2].id) is not None
+    clock.now_ms += 1000
+    stolen = other.reclaim(1, 0)
+    assert stolen == leases[:1]
+
+    seen = {job.id: job for job in worker.look(leases)[0] if isinstance(job, Job)}
+    started = worker.start(leases, seen)
+
+    assert [one.dropped for one in started] == [
+        "lost",
+        "deadline",
+        "lost",
+        None,
+    ]  # a cancelled one has left its lane
+    (job,) = [one.job for one in started if one.job]
+    stored = await queue.get(job.id)
+    assert job == stored
+    assert (job.attempt, job.started_ms, job.worker, job.version) == (1, clock.now_ms, "w1", worker.version)
+
+
+async def test_start_asks_for_no_record_that_was_looked_at(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        await queue.enqueue(new())
+    worker = make_worker()
+    leases = worker.read(3)
+    jobs, _ = worker.look(leases)
+    monkeypatch.setattr(worker, "look", lambda _: pytest.fail("looks again"))
+    started = worker.start(leases, {job.id: job for job in jobs if isinstance(job, Job)})
+    assert [one.job and one.job.status for one in started] == ["running"] * 3
 
 
 async def test_jobs_completed_together_are_settled_one_by_one(
