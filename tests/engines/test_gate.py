@@ -33,18 +33,9 @@ from engines.gate.evaluator import (
 )
 from engines.gate.frechet import Reference, frechet_distance
 from engines.gate.gate import SHEET_SEED, Gate, Measurements, identities, make_rows
+from engines.gate.measurement import Cost, Difference, Measurement, Row, Summary, difference
 from engines.gate.report import contact_sheet, markdown
-from engines.gate.verdict import (
-    Cost,
-    Difference,
-    Measurement,
-    Row,
-    Summary,
-    check,
-    difference,
-    make_report,
-    record_verdict,
-)
+from engines.gate.verdict import check, make_report, record_verdict
 from engines.noise import seeded_latents
 from tests.engines.tiny import make_tiny_checkpoint
 

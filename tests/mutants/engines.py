@@ -775,7 +775,7 @@ MUTANTS = (
     ),
     Mutant(
         "what a student has more by luck counts",
-        "engines/gate/verdict.py",
+        "engines/gate/measurement.py",
         "return STUDENT_T[min(self.num_seeds, len(STUDENT_T) + 1) - 2] * self.error",
         "return 0.0",
         VERDICT,
@@ -810,21 +810,21 @@ MUTANTS = (
     ),
     Mutant(
         "a guided step costs one evaluation",
-        "engines/gate/verdict.py",
+        "engines/gate/measurement.py",
         "(1 if self.guidance_scale == 1.0 else 2)",
         "1",
         VERDICT,
     ),
     Mutant(
         "the difference from the teacher has the wrong sign",
-        "engines/gate/verdict.py",
+        "engines/gate/measurement.py",
         "each = [a - b for",
         "each = [b - a for",
         VERDICT,
     ),
     Mutant(
         "the standard error is too small",
-        "engines/gate/verdict.py",
+        "engines/gate/measurement.py",
         "statistics.stdev(each) / len(each) ** 0.5",
         "statistics.stdev(each) / len(each)",
         VERDICT,
