@@ -224,6 +224,7 @@ def test_every_folder_with_tests_is_a_package() -> None:
         "server.supervisor.supervisor",
         "server.settings",
         "server.metrics",
+        "server.scrape",
         *TORCH_FREE,
     ],
 )
