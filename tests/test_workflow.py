@@ -21,7 +21,7 @@ WORKFLOW: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
 
 def test_workflow_is_one_that_github_reads() -> None:
     checker = Path(sys.executable).with_name("check-jsonschema")
-    command = [checker, "--builtin-schema", "vendor.github-workflows", FILE]
+    command = [str(checker), "--builtin-schema", "vendor.github-workflows", str(FILE)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -58,7 +58,7 @@ def programs(tmp_path: Path) -> Path:
 
 
 def check(programs: Path) -> subprocess.CompletedProcess[str]:
-    command = ["/bin/bash", ROOT / ".ci/system-packages", "--check"]
+    command = ["/bin/bash", str(ROOT / ".ci/system-packages"), "--check"]
     return subprocess.run(
         command, env={"PATH": str(programs)}, check=False, capture_output=True, text=True, timeout=60
     )
