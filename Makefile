@@ -1,8 +1,9 @@
 # One line each over the real commands. Variables: PYTHON (the interpreter that makes the environment), VENV (where it lies),
-# ARGS (passed on to the command). Environment variables TDM_* reach the server; PIP_* reach pip.
+# ARGS (passed on to the command), MISSING (skip: test without the programs that system-packages would install). Environment variables TDM_* reach the server; PIP_* reach pip.
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+MISSING ?=
 
 BIN := $(VENV)/bin
 # Pip would compile what it installs on one core; what cannot be compiled are examples for other versions of Python.
@@ -15,22 +16,27 @@ DEV := $(VENV)/.installed-dev
 .DELETE_ON_ERROR:
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test storm mutants lint format bench load soak clean
+.PHONY: help serve dev system-packages programs test storm mutants lint format bench load soak clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1  \t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1  \t/p' $(MAKEFILE_LIST)
 
 serve: $(RUN)  ## start the server, the page and the API on http://127.0.0.1:8000
 	@exec $(BIN)/python -m server up $(ARGS)
 
 dev: $(DEV)  ## install what training, tests and lint need into .venv
 
-test: $(DEV)  ## run the tests
+system-packages:  ## install the programs that some tests run: a browser, redis-server, promtool (Debian, as root)
 	@bash .ci/system-packages
+
+# Before anything is installed into .venv: whoever lacks a program learns it at once.
+programs:
+	@bash .ci/system-packages --check || [ "$(MISSING)" = skip ]
+
+test: programs $(DEV)  ## run the tests
 	@bash .ci/tests $(BIN)/python $(ARGS)
 
-storm: $(DEV)  ## kill and freeze workers, apis and Redis at random under load, longer than the tests do
-	@bash .ci/system-packages
+storm: programs $(DEV)  ## kill and freeze workers, apis and Redis at random under load, longer than the tests do
 	$(BIN)/python -m pytest --storm tests/failures/test_kill_storm.py $(ARGS)
 
 mutants: $(DEV)  ## break the code on purpose, a change at a time: do the tests notice

@@ -10,8 +10,6 @@ Prometheus wants; methods take milliseconds, as we count.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +22,6 @@ from prometheus_client import (
     Gauge,
     Histogram,
     disable_created_metrics,
-    start_http_server,
 )
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
@@ -33,8 +30,6 @@ from prometheus_client.process_collector import ProcessCollector
 from server.job import Job, JobKind
 
 PREFIX = "tdm"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,41 +309,6 @@ class Metrics:
         self.padding.labels(model).inc(busy_ms * (1 - size / capacity) / 1000)
         self.denoise_steps.labels(model).inc(num_steps)
         self.gpu_busy.labels(gpu).inc(busy_ms / 1000)
-
-
-class MetricsServer:
-    """The scrape endpoint on a port of its own, so that the public one never shows it."""
-
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        """Listen at once.
-
-        Raises:
-            OSError: the port is in use.
-        """
-        self._server, self._thread = start_http_server(port, addr=host, registry=metrics.registry)
-
-    @property
-    def port(self) -> int:
-        """The port that is listened on."""
-        return self._server.server_port
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-def start_metrics_server(metrics: Metrics, host: str, port: int) -> MetricsServer | None:
-    """The scrape endpoint; None for port 0, and where the port is taken: who cannot be watched serves on."""
-    if not port:
-        return None
-    try:
-        return MetricsServer(metrics, host, port)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        logger.error("no metrics: cannot listen on %s:%d: %s (TDM_METRICS_PORT)", host, port, reason)  # noqa: TRY400
-        return None
 
 
 _INTRODUCTION = """# Metrics

@@ -89,7 +89,8 @@ def test_every_alert_has_a_case_in_which_it_fires_one_in_which_it_does_not_and_a
     assert sorted(remedies) == sorted(alerts)
 
 
-def test_dashboard_is_what_its_code_writes() -> None:
+def test_dashboard_is_what_its_code_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "deploy/grafana")  # as for `python deploy/grafana/dashboard.py`
     written = json.loads((ROOT / "deploy/grafana/tdm.json").read_text(encoding="utf-8"))
     assert written == runpy.run_path(str(ROOT / "deploy/grafana/dashboard.py"))["dashboard"]()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("server", "engines", "loadtests")
+PACKAGES = ("server", "engines", "loadtests", "examples")
 # Modules of engines that the torch-free processes may use.
 TORCH_FREE = (
     *(f"engines.bundle.{name}" for name in ("bucket", "stages", "platform", "latency", "manifest")),
@@ -51,7 +51,11 @@ NEVER: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("engines.gate", ("engines.compile", "engines.runtime", "engines.distill", "engines.bench"), ()),
     ("engines.compile", ("engines.bench",), ("engines/compile/cli.py",)),
     ("engines.distill", ("engines.compile", "engines.runtime"), ()),
+    ("engines.demo", ("engines.compile", "engines.runtime", "engines.bench"), ()),
+    # where engines and server meet
+    ("engines.bundle", tuple(f"engines.{room}" for room in HEAVY_ROOMS), ()),
     ("server", ("redis",), ("server/queue/",)),
+    ("examples", ("server", "engines", "loadtests", "tests"), ()),  # they are what users have
     # what the demo draws comes in by the name that a configuration gives (engines/domains.py)
     *((f"engines.{room}", ("engines.demo",), ()) for room in ("bench", "compile", "distill", "families")),
     *((f"engines.{room}", ("engines.demo",), ()) for room in ("gate", "runtime")),
@@ -122,6 +126,13 @@ def test_package_never_imports(package: str, forbidden: tuple[str, ...], doors: 
     modules = sources_of(package)
     assert modules, f"{package} has no modules"
     assert offences_of(modules, forbidden, doors) == []
+
+
+def test_every_room_has_a_rule() -> None:
+    rooms = {f"{path.parent.parent.name}.{path.parent.name}" for path in ROOT.glob("*/*/__init__.py")}
+    kept = {room for room in rooms if room.startswith(("server.", "engines."))}
+    assert len(kept) >= 12
+    assert kept <= {package for package, _, _ in NEVER}
 
 
 WAYS = {
@@ -224,6 +235,7 @@ def test_every_folder_with_tests_is_a_package() -> None:
         "server.supervisor.supervisor",
         "server.settings",
         "server.metrics",
+        "server.scrape",
         *TORCH_FREE,
     ],
 )

@@ -110,13 +110,7 @@ def export_onnx(
         CompileError: the stage cannot be exported, or an operator, one of its types or its opset is not
             supported; names the operator and its node.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"ONNX export needs the package {error.name}; install the extra tensorrt-build"
-        ) from None
+    _check_exporter()
     program = export_stage(module, spec, min_batch=min_batch, max_batch=max_batch)
     try:
         with _quiet():
@@ -142,6 +136,16 @@ def export_onnx(
     exported.save(str(path), external_data=size_bytes > external_data_bytes)
     check_onnx(path, spec.name)
     return path
+
+
+def _check_exporter() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"ONNX export needs the package {error.name}; install the extra tensorrt-build"
+        ) from None
 
 
 @contextmanager

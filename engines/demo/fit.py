@@ -106,6 +106,15 @@ class _Weights:
             }
         return step
 
+    def descend(self, loss: Tensor, *, rate: float, clip: float) -> None:
+        """One optimizer step along the clipped gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.live.values()), clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
     @torch.no_grad()
     def follow(self, decay: float) -> None:
         torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), 1 - decay)
@@ -128,6 +137,18 @@ def load_average(path: Path, modules: Mapping[str, nn.Module]) -> None:
         for name, module in modules.items():
             for key, p in module.named_parameters():
                 p.copy_(stored[f"average.{name}.{key}"])
+
+
+def _progress() -> Progress:
+    """A line with the loss behind it."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+    )
 
 
 def fit(
@@ -158,28 +179,15 @@ def fit(
     path = directory / f"{name}.safetensors"
     weights = _Weights(modules, config)
     start = weights.load(path) if path.exists() else 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-    )
     smooth, began = math.nan, time.monotonic()
     log_path = directory / f"{name}.jsonl"
-    with Progress(*columns) as progress, log_path.open("a", encoding="utf-8") as log:
+    with _progress() as progress, log_path.open("a", encoding="utf-8") as log:
         task = progress.add_task(name, total=config.num_steps, completed=start, loss=math.nan)
         for step in range(start, config.num_steps):
-            for group in weights.optimizer.param_groups:
-                group["lr"] = config.rate(step)
             value = loss(torch.Generator().manual_seed(config.seed * 1_000_003 + step))
             if not torch.isfinite(value):
                 raise TrainingError(f"{name}: loss is {value.item()} at step {step}; kept: {path}")
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(list(weights.live.values()), config.clip)
-            weights.optimizer.step()
-            weights.optimizer.zero_grad()
+            weights.descend(value, rate=config.rate(step), clip=config.clip)
             weights.follow(min(config.ema_decay, (step + 1) / (step + 10)))
             smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
             progress.update(task, completed=step + 1, loss=smooth)

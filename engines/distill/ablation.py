@@ -30,8 +30,8 @@ from engines.files import write_json
 from engines.gate.evaluator import Evaluator, GateConfig
 from engines.gate.frechet import Reference
 from engines.gate.gate import Measurements, identities
+from engines.gate.measurement import Row
 from engines.gate.report import Spread
-from engines.gate.verdict import Row
 from engines.processes import start_child
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

@@ -8,7 +8,7 @@ directory's own configs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.embeddings import PixArtAlphaCombinedTimestepSizeEmbeddings
@@ -227,12 +227,16 @@ class DenoiseStage(nn.Module):
         return predict(self.transformer, latents, timestep, Conditioning(text, mask, num_steps)).float()
 
 
-def stages(directory: Path, student: Student) -> list[StageSpec]:
-    """Describe the stages of a checkpoint at the student's bucket, from its configs alone.
+class _Dimensions(NamedTuple):
+    """What the stages' shapes and ranges follow from."""
 
-    Raises:
-        CheckpointError: a config is missing or lacks a field, or the parts do not fit each other.
-    """
+    text_dim: int
+    vocab_size: int
+    num_timesteps: int
+
+
+def _dimensions(directory: Path) -> _Dimensions:
+    """Of parts that fit each other; raises as `stages`."""
     text_config = read_part_config(directory / "text_encoder", "T5EncoderModel")
     config = read_part_config(directory / "transformer", "PixArtTransformer2DModel")
     vae_config = read_part_config(directory / "vae", "AutoencoderKL")
@@ -250,9 +254,18 @@ def stages(directory: Path, student: Student) -> list[StageSpec]:
                 f"vae/config.json: latent_channels is {vae_config['latent_channels']}, "
                 f"the transformer's in_channels is {channels}"
             )
-        num_timesteps = int(scheduler["num_train_timesteps"])
+        return _Dimensions(text_dim, vocab_size, int(scheduler["num_train_timesteps"]))
     except KeyError as error:
         raise CheckpointError(f"{directory}: a config lacks the field {error.args[0]}") from None
+
+
+def stages(directory: Path, student: Student) -> list[StageSpec]:
+    """Describe the stages of a checkpoint at the student's bucket, from its configs alone.
+
+    Raises:
+        CheckpointError: a config is missing or lacks a field, or the parts do not fit each other.
+    """
+    text_dim, vocab_size, num_timesteps = _dimensions(directory)
     length, bucket = student.max_text_tokens, student.bucket
     shape = latent_shape(directory, bucket)
     mask = TensorSpec(name="mask", dtype="int64", shape=(length,), maximum=1)

@@ -7,7 +7,7 @@ image autoencoder that overflows in float16 and is therefore never run in it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -178,16 +178,20 @@ class DenoiseStage(nn.Module):
         return predict(self.unet, latents, timestep, cond).float()
 
 
-def stages(directory: Path, student: Student) -> list[StageSpec]:
-    """Describe the stages of a checkpoint at the student's bucket, from its configs alone.
+class _Dimensions(NamedTuple):
+    """What the stages' shapes and ranges follow from."""
 
-    Raises:
-        CheckpointError: a config is missing or lacks a field, or the parts do not fit each other.
-    """
+    text_dim: int
+    pooled_dim: int
+    vocab_sizes: list[int]
+    num_timesteps: int
+
+
+def _dimensions(directory: Path, length: int) -> _Dimensions:
+    """Of parts that fit each other and take `length` tokens; raises as `stages`."""
     encoders = [read_part_config(directory / part, name) for part, name in ENCODERS.items()]
     config = _unet_config(directory / "unet")
     scheduler = read_json(directory / "scheduler" / "scheduler_config.json")
-    length, bucket = student.max_text_tokens, student.bucket
     try:
         text_dim = sum(int(encoder["hidden_size"]) for encoder in encoders)
         pooled_dim = int(encoders[1]["projection_dim"])
@@ -211,6 +215,17 @@ def stages(directory: Path, student: Student) -> list[StageSpec]:
             )
     except KeyError as error:
         raise CheckpointError(f"{directory}: a config lacks the field {error.args[0]}") from None
+    return _Dimensions(text_dim, pooled_dim, vocab_sizes, num_timesteps)
+
+
+def stages(directory: Path, student: Student) -> list[StageSpec]:
+    """Describe the stages of a checkpoint at the student's bucket, from its configs alone.
+
+    Raises:
+        CheckpointError: a config is missing or lacks a field, or the parts do not fit each other.
+    """
+    length, bucket = student.max_text_tokens, student.bucket
+    text_dim, pooled_dim, vocab_sizes, num_timesteps = _dimensions(directory, length)
     latents = TensorSpec(name="latents", dtype="float32", shape=latent_shape(directory, bucket))
     text = TensorSpec(name="text", dtype="float32", shape=(length, text_dim))
     pooled = TensorSpec(name="pooled", dtype="float32", shape=(pooled_dim,))

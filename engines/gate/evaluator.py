@@ -25,8 +25,8 @@ from engines.families.student import read_student
 from engines.gate.domain import Domain, FileDomain, Judge, PromptSet
 from engines.gate.features import PIXELS, ClipScore, Features, make_features
 from engines.gate.frechet import Reference
+from engines.gate.measurement import Measurement, Row
 from engines.gate.painter import Painter
-from engines.gate.verdict import Measurement, Row
 
 REFERENCE_SEED = 10_000
 NUM_AXES = 64

@@ -46,9 +46,10 @@ from engines.gate.evaluator import (
     teacher_identity,
 )
 from engines.gate.features import PIXELS, check_features
+from engines.gate.measurement import Cost, Measurement, Row
 from engines.gate.parallel import Unit, measure_units
 from engines.gate.report import contact_sheet, markdown, save_contact_sheet
-from engines.gate.verdict import Cost, Measurement, Row, make_report, record_verdict
+from engines.gate.verdict import make_report, record_verdict
 
 SHEET_SEED = 20_000
 NUM_TIMED = 64

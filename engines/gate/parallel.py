@@ -12,7 +12,7 @@ from functools import cache
 from engines.errors import GateError
 from engines.gate.evaluator import Evaluator
 from engines.gate.frechet import Reference
-from engines.gate.verdict import Measurement, Row
+from engines.gate.measurement import Measurement, Row
 from engines.processes import start_child
 
 Unit = tuple[int, Row]

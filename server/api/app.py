@@ -38,46 +38,11 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
         metrics: where to count; a registry of its own by default.
     """
     metrics = metrics or Metrics()
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        store = ResultStore(settings.results_url)
-        archive = Archive(store)
-        queue = JobQueue(
-            settings.redis_url,
-            max_waiting=settings.max_queue,
-            result_ttl_s=settings.record_ttl_s,
-            archive=archive,
-            on_deadline=partial(_count_deadline, metrics),
-        )
-        services = Services(
-            settings=settings,
-            queue=queue,
-            store=store,
-            catalog=Catalog(queue),
-            metrics=metrics,
-            draining=asyncio.Event(),
-            now_ms=queue.clock,
-        )
-        app.state.services = services
-        await queue.start()
-        closing = asyncio.Event()
-        gauges = asyncio.create_task(_export_gauges(services, closing))
-        archiving = asyncio.create_task(archive_ended(services, archive, closing))
-        expiry = asyncio.create_task(expire_old(services, closing))
-        try:
-            yield
-        finally:
-            closing.set()
-            await asyncio.gather(gauges, archiving, expiry)
-            await services.catalog.close()
-            await queue.close()
-
     app = FastAPI(
         title="tdm-server",
         version=version("tdm-server"),
         summary="Images and videos from few-step TDM students.",
-        lifespan=lifespan,
+        lifespan=partial(_lifespan, settings=settings, metrics=metrics),
         docs_url=None,  # both pages load their scripts from elsewhere
         redoc_url=None,
     )
@@ -96,6 +61,42 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
     for exception, handler in HANDLERS.items():
         app.add_exception_handler(exception, handler)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI, *, settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
+    """Connect, run what runs beside the routes, and end it in order."""
+    store = ResultStore(settings.results_url)
+    archive = Archive(store)
+    queue = JobQueue(
+        settings.redis_url,
+        max_waiting=settings.max_queue,
+        result_ttl_s=settings.record_ttl_s,
+        archive=archive,
+        on_deadline=partial(_count_deadline, metrics),
+    )
+    services = Services(
+        settings=settings,
+        queue=queue,
+        store=store,
+        catalog=Catalog(queue),
+        metrics=metrics,
+        draining=asyncio.Event(),
+        now_ms=queue.clock,
+    )
+    app.state.services = services
+    await queue.start()
+    closing = asyncio.Event()
+    gauges = asyncio.create_task(_export_gauges(services, closing))
+    archiving = asyncio.create_task(archive_ended(services, archive, closing))
+    expiry = asyncio.create_task(expire_old(services, closing))
+    try:
+        yield
+    finally:
+        closing.set()
+        await asyncio.gather(gauges, archiving, expiry)
+        await services.catalog.close()
+        await queue.close()
 
 
 def _count_deadline(metrics: Metrics, job: Job) -> None:

@@ -13,7 +13,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.api.app import create_app
 from server.api.http import HttpConnection
-from server.metrics import Metrics, start_metrics_server
+from server.metrics import Metrics
+from server.scrape import start_metrics_server
 from server.settings import Settings
 
 DRAIN_WAIT_S = 3.0

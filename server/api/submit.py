@@ -6,7 +6,6 @@ import re
 import secrets
 from dataclasses import dataclass, replace
 
-from engines.bundle.bucket import Bucket
 from engines.bundle.manifest import Manifest
 from server.api.admission import (
     MIN_RETRY_MS,
@@ -24,23 +23,19 @@ from server.api.catalog import ServedModel
 from server.api.dependencies import Services
 from server.api.errors import (
     ApiError,
-    FpsNotServedError,
     IdempotencyMismatchError,
     InvalidHeaderError,
     InvalidRequestError,
-    LengthNotServedError,
     OverloadedError,
     PromptTooLongError,
     QueueFullError,
-    SizeNotServedError,
-    StepsNotServedError,
     TenantFullError,
     UnsupportedParameterError,
 )
+from server.api.offer import pick_bucket, pick_fps, pick_steps, pick_video_bucket
 from server.api.schemas import DrawingRequest, SampleRequest, VideoRequest
-from server.api.views import seconds_of
 from server.cost import job_cost_ms
-from server.job import UNMEASURED_MS, GenerationRequest, JobKind, fingerprint, new_job
+from server.job import UNMEASURED_MS, GenerationRequest, Job, JobKind, fingerprint, new_job
 from server.queue.records import EnqueueResult, EnqueueStatus
 
 MAX_RANDOM_SEED = 2**32
@@ -48,11 +43,6 @@ MAX_RANDOM_SEED = 2**32
 
 MEMORY_RETRY_MS = 5_000.0
 """A full Redis gets room when jobs end, or when somebody gives it more: not at once."""
-
-DEFAULT_FPS = 8
-"""Of a video bundle that does not say."""
-LENGTH_TOLERANCE = 0.01
-"""Of a frame: clients round seconds."""
 
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
@@ -84,10 +74,7 @@ async def accept(
     Raises:
         ApiError: the class says why; nothing was enqueued.
     """
-    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
-        raise InvalidHeaderError(
-            "Idempotency-Key must be 1 to 255 visible ASCII characters", param="Idempotency-Key"
-        )
+    _check_key(idempotency_key)
     _check_prompt(body.prompt, services.settings.max_prompt_chars)
     kind = _kind_of(body)
     deadline_ms = round(services.settings.deadline_s(kind) * 1000)
@@ -105,8 +92,7 @@ async def accept(
     )
     # A known key must find its job even when no new one is admitted: the queue says which it is.
     if decision.reason and idempotency_key is None:
-        _count_refusal(services, model, decision.reason)
-        raise _refusal(decision, services, model)
+        raise _refused(decision.reason, decision, services, model)
 
     own = own_ms(load, batch_ms, request.num_samples)
     now_ms = services.now_ms()
@@ -119,37 +105,45 @@ async def accept(
         asked=_fingerprint(body, request, model.name),
         cost_ms=job_cost_ms(batch_ms, request.num_samples, load.max_batch),
     )
-    with services.metrics.redis_op.labels("enqueue").time():
-        result = await services.queue.enqueue(
-            job,
-            idempotency_key=idempotency_key,
-            admit=not decision.reason,
-            max_ahead_ms=max_ahead_ms(load, own, deadline_ms),
-        )
-    if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
-        result = replace(result, status=EnqueueStatus.DUP)
+    most_ms = max_ahead_ms(load, own, deadline_ms)
+    result = await _enqueue(services, body, job, idempotency_key, admit=not decision.reason, most_ms=most_ms)
+    eta_ms = predict_eta_ms(load, own, ahead_ms=result.ahead_ms)
     if result.status not in (EnqueueStatus.OK, EnqueueStatus.DUP) or result.job_id is None:
-        if decision.reason and result.status is EnqueueStatus.QUEUE_FULL:
-            _count_refusal(services, model, decision.reason)
-            raise _refusal(decision, services, model)
-        eta_ms = predict_eta_ms(load, own, ahead_ms=result.ahead_ms)
-        if result.status is EnqueueStatus.LATE and eta_ms is not None:  # others came since the load was read
-            retry_after_ms = late_ms(eta_ms, deadline_ms)
-            late = Decision(reason=Refusal.DEADLINE, eta_ms=eta_ms, retry_after_ms=retry_after_ms)
-            _count_refusal(services, model, Refusal.DEADLINE)
-            raise _refusal(late, services, model)
-        _count_refusal(services, model, _REASONS.get(result.status, Refusal.IDEMPOTENCY))
-        raise _enqueue_error(result, decision, services, model)
-    is_new = result.status is EnqueueStatus.OK
-    if is_new:
+        raise _refused_by_queue(result, decision, services, model, eta_ms=eta_ms, deadline_ms=deadline_ms)
+    if result.status is EnqueueStatus.OK:
         services.metrics.accepted_work.labels(model.name).inc(job.cost_ms / 1000)
-    eta_ms = predict_eta_ms(load, own, ahead_ms=result.ahead_ms) if is_new else decision.eta_ms
+    else:
+        eta_ms = decision.eta_ms
     return Accepted(
         job_id=result.job_id,
         attached=result.status is EnqueueStatus.DUP,
         position=result.position,
         eta_ms=None if measured is None else eta_ms,
     )
+
+
+async def _enqueue(
+    services: Services,
+    body: SampleRequest,
+    job: Job,
+    idempotency_key: str | None,
+    *,
+    admit: bool,
+    most_ms: float | None,
+) -> EnqueueResult:
+    """Ask the queue to take a job; one that its key's holder is the same as is that one.
+
+    Args:
+        admit: take it if no other job has its key.
+        most_ms: of work that may be ahead of it.
+    """
+    with services.metrics.redis_op.labels("enqueue").time():
+        result = await services.queue.enqueue(
+            job, idempotency_key=idempotency_key, admit=admit, max_ahead_ms=most_ms
+        )
+    if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
+        return replace(result, status=EnqueueStatus.DUP)
+    return result
 
 
 def _kind_of(body: SampleRequest) -> JobKind:
@@ -207,95 +201,6 @@ async def _is_same(services: Services, body: SampleRequest, holder_id: str | Non
     return _fingerprint(body, request, model.name) == holder.fingerprint
 
 
-def pick_bucket(size: str, manifest: Manifest) -> Bucket:
-    """The bucket of a `WIDTHxHEIGHT` size; `auto` is the model's first one.
-
-    Raises:
-        SizeNotServedError: the bundle has no such bucket.
-    """
-    return _buckets_of_size(size, manifest)[0]
-
-
-def pick_video_bucket(body: VideoRequest, manifest: Manifest, fps: int) -> Bucket:
-    """The first bucket that has the size and the length that are asked for.
-
-    Raises:
-        SizeNotServedError: the bundle has none of this size.
-        LengthNotServedError: it has none of this size with so many frames or seconds.
-    """
-    sized = _buckets_of_size(body.size, manifest)
-    for bucket in sized:
-        if body.frames in (None, bucket.frames) and _lasts(body.seconds, bucket.frames, fps):
-            return bucket
-    name = "seconds" if body.frames is None else "frames"
-    asked = f"{body.seconds:g} s" if body.frames is None else f"{body.frames} frames"
-    allowed = ", ".join(
-        dict.fromkeys(f"{seconds_of(bucket.frames, fps)} s ({bucket.frames} frames)" for bucket in sized)
-    )
-    and_seconds = f" in {body.seconds:g} s" if body.frames is not None and body.seconds is not None else ""
-    raise LengthNotServedError(
-        f"{manifest.name} does not draw {asked}{and_seconds}; allowed are: {allowed}", param=name
-    )
-
-
-def pick_fps(fps: int | None, manifest: Manifest) -> int:
-    """The model's frames per second, which is all that may be asked for.
-
-    Raises:
-        FpsNotServedError: another number was.
-    """
-    own = manifest.fps or DEFAULT_FPS
-    if fps not in (None, own):
-        raise FpsNotServedError(
-            f"{manifest.name} does not draw {fps} frames per second; allowed is: {own}", param="fps"
-        )
-    return own
-
-
-def _lasts(seconds: float | None, frames: int, fps: int) -> bool:
-    """Whether so many frames last `seconds`, the last frame's own time counted or not."""
-    return seconds is None or frames - 1 - LENGTH_TOLERANCE <= seconds * fps <= frames + LENGTH_TOLERANCE
-
-
-def _buckets_of_size(size: str, manifest: Manifest) -> list[Bucket]:
-    """At least one bucket.
-
-    Raises:
-        SizeNotServedError: there is none.
-    """
-    if size == "auto":
-        return list(manifest.buckets)
-    width, height = (int(part) for part in size.split("x"))
-    found = [bucket for bucket in manifest.buckets if (bucket.width, bucket.height) == (width, height)]
-    if not found:
-        allowed = ", ".join(sizes_of(manifest))
-        raise SizeNotServedError(
-            f"{manifest.name} does not draw {size}; allowed are: auto, {allowed}", param="size"
-        )
-    return found
-
-
-def sizes_of(manifest: Manifest) -> list[str]:
-    """Every `WIDTHxHEIGHT` of a model, its own first."""
-    return list(dict.fromkeys(bucket.size for bucket in manifest.buckets))
-
-
-def pick_steps(steps: int | None, manifest: Manifest) -> int:
-    """The number of steps asked for, or the model's default.
-
-    Raises:
-        StepsNotServedError: the student was not distilled for it.
-    """
-    if steps is None:
-        return manifest.default_num_steps
-    if steps not in manifest.num_steps:
-        allowed = ", ".join(str(number) for number in sorted(manifest.num_steps))
-        raise StepsNotServedError(
-            f"{manifest.name} does not draw in {steps} steps; allowed are: {allowed}", param="steps"
-        )
-    return steps
-
-
 def check_compression(body: DrawingRequest) -> None:
     """PNG has no quality to lower.
 
@@ -306,6 +211,13 @@ def check_compression(body: DrawingRequest) -> None:
         raise UnsupportedParameterError(
             "output_compression applies to jpeg and webp; with png the only allowed value is 100",
             param="output_compression",
+        )
+
+
+def _check_key(idempotency_key: str | None) -> None:
+    if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
+        raise InvalidHeaderError(
+            "Idempotency-Key must be 1 to 255 visible ASCII characters", param="Idempotency-Key"
         )
 
 
@@ -327,7 +239,9 @@ def _count_refusal(services: Services, model: ServedModel, reason: Refusal) -> N
     services.metrics.jobs_rejected.labels(model.name, model.kind, reason).inc()
 
 
-def _refusal(decision: Decision, services: Services, model: ServedModel) -> ApiError:
+def _refused(reason: Refusal, decision: Decision, services: Services, model: ServedModel) -> ApiError:
+    """Count a refusal by prediction, and say why."""
+    _count_refusal(services, model, reason)
     if decision.reason is Refusal.DEADLINE:
         message = (
             f"a job would take about {(decision.eta_ms or 0) / 1000:.1f} s now, "
@@ -338,6 +252,33 @@ def _refusal(decision: Decision, services: Services, model: ServedModel) -> ApiE
             f"{model.stats.total_waiting} jobs wait for {model.name}, which is all that may; try again later"
         )
     return QueueFullError(message, retry_after_ms=decision.retry_after_ms)
+
+
+def _refused_by_queue(
+    result: EnqueueResult,
+    decision: Decision,
+    services: Services,
+    model: ServedModel,
+    *,
+    eta_ms: float | None,
+    deadline_ms: int,
+) -> ApiError:
+    """Count a job that the queue did not take, and say why.
+
+    Args:
+        result: what the queue says.
+        decision: what was predicted before it was asked; a known key asks it all the same.
+        eta_ms: predicted with what the queue knows to be ahead.
+        deadline_ms: how long the job may take.
+    """
+    if decision.reason and result.status is EnqueueStatus.QUEUE_FULL:
+        return _refused(decision.reason, decision, services, model)
+    if result.status is EnqueueStatus.LATE and eta_ms is not None:  # others came since the load was read
+        retry_after_ms = late_ms(eta_ms, deadline_ms)
+        late = Decision(reason=Refusal.DEADLINE, eta_ms=eta_ms, retry_after_ms=retry_after_ms)
+        return _refused(Refusal.DEADLINE, late, services, model)
+    _count_refusal(services, model, _REASONS.get(result.status, Refusal.IDEMPOTENCY))
+    return _enqueue_error(result, decision, services, model)
 
 
 def _enqueue_error(

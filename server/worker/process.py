@@ -25,12 +25,13 @@ from engines.errors import EngineError
 from engines.runtime.pipeline import Pipeline
 from server.cost import batch_cost
 from server.job import UNMEASURED_MS, GenerationRequest, JobKind
-from server.metrics import Metrics, start_metrics_server
+from server.metrics import Metrics
 from server.queue.clock import system_now_ms
 from server.queue.errors import QueueError
 from server.queue.records import WorkerInfo
 from server.queue.routes import Routes
 from server.queue.worker_queue import WorkerQueue
+from server.scrape import start_metrics_server
 from server.settings import WorkerSettings
 from server.store import ResultStore
 from server.worker.ages import log_start, process_ages_s

@@ -20,7 +20,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def system(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    with running(System(tmp_path_factory.mktemp("system"), bundle)) as system:
+    # pages from elsewhere may call it, as examples/page.html does
+    with running(System(tmp_path_factory.mktemp("system"), bundle, cors_origins="*")) as system:
         yield system
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from server.worker.mp4 import boxes
 from server.worker.packing import read_provenance
 from tests.e2e.system import TIMEOUT_S, System, poll, running
+from tests.e2e.test_examples import EXAMPLES, pixels_of, run
 from tests.e2e.test_page import Page, needs_browser, open_page
 from tests.shared import compiled_video_bundle
 
@@ -112,6 +114,16 @@ def test_readme_says_how_to_get_a_clip(
 
     with av.open("clip.mp4", "r") as file:
         assert len(list(file.decode(video=0))) == 9
+
+
+def test_example_shows_the_progress_of_a_clip(system: System, tmp_path: Path) -> None:
+    said = run(sys.executable, EXAMPLES / "client.py", system.url, cwd=tmp_path)
+
+    assert re.search(r"^vid_\S+: (queued|in_progress), \d+ %$", said, flags=re.MULTILINE)
+    assert said.splitlines()[-1] == "clip.mp4: 1 s of 32x32"
+    with av.open(str(tmp_path / "clip.mp4"), "r") as file:
+        assert len(list(file.decode(video=0))) == 9
+    assert pixels_of(tmp_path / "picture.png")
 
 
 def test_both_kinds_are_served_side_by_side(client: openai.OpenAI) -> None:

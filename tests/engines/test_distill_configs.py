@@ -19,7 +19,7 @@ from engines.distill.trainer import Trainer, distill
 from engines.errors import CheckpointError, ConfigError
 from engines.families.pixart import load_transformer
 from engines.schedule import NoiseSchedule
-from tests.engines.test_trainer import config_of, quiet
+from tests.engines.distilling import config_of, quiet
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox, make_tiny_sdxl
 
 ABLATION = "ablation"
@@ -172,11 +172,6 @@ def test_a_shipped_config_trains_a_small_model_of_its_family(tmp_path: Path) -> 
 
 
 # Continuing from another student
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("teacher"), student=False)
 
 
 @pytest.fixture(scope="module")

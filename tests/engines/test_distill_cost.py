@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from engines.distill.cost import iterations_within, row_forwards
 from engines.distill.latents import write_latents
 from engines.noise import seeded_latents
+from tests.engines.distilling import PROMPTS, config_of
 from tests.engines.test_distill_methods import SHAPE, trainer_of
-from tests.engines.test_trainer import PROMPTS, config_of
-from tests.engines.tiny import make_tiny_checkpoint
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("teacher"), student=False)
 
 
 class Count:

@@ -22,7 +22,7 @@ from engines.gate.painter import Painter
 from engines.noise import seeded_latents
 from engines.sampler import sample
 from tests.engines.conftest import build, build_settings
-from tests.engines.test_trainer import PROMPTS, config_of, quiet
+from tests.engines.distilling import PROMPTS, config_of, quiet
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox, make_tiny_sdxl
 
 MAKERS: dict[str, Callable[..., Path]] = {

@@ -29,7 +29,7 @@ from engines.gate.painter import Painter
 from engines.noise import seeded_latents
 from engines.sampler import sample
 from engines.schedule import CLEAN, NoiseSchedule
-from tests.engines.test_trainer import PROMPTS, config_of, quiet, settings
+from tests.engines.distilling import PROMPTS, config_of, quiet, settings
 from tests.engines.tiny import make_tiny_checkpoint
 
 SCHEDULE = NoiseSchedule.from_config({"prediction_type": "v_prediction"})
@@ -175,11 +175,6 @@ def test_consistency_settings_out_of_range_are_refused(tmp_path: Path, change: d
 
 
 # Runs
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("teacher"), student=False)
 
 
 @pytest.fixture(scope="module")

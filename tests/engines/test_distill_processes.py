@@ -30,7 +30,7 @@ from engines.distill.latents import write_latents
 from engines.distill.trainer import distill
 from engines.errors import ConfigError
 from engines.noise import seeded_latents
-from tests.engines.test_trainer import PROMPTS, quiet, settings
+from tests.engines.distilling import PROMPTS, quiet, settings
 from tests.engines.tiny import make_tiny_checkpoint
 from tests.ports import reserve_port
 

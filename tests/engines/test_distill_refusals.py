@@ -20,14 +20,8 @@ from engines.distill.trainer import Trainer, distill
 from engines.errors import CheckpointError, ConfigError, TrainingError
 from engines.families.scheduler import load_schedule
 from engines.families.weights import load_weights
-from tests.engines.test_trainer import config_of, quiet
-from tests.engines.tiny import make_tiny_checkpoint, make_tiny_sdxl
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("teacher"), student=False)
-
+from tests.engines.distilling import config_of, quiet
+from tests.engines.tiny import make_tiny_sdxl
 
 # Noise levels
 

@@ -22,15 +22,9 @@ from engines.distill.early_stop import EarlyStop, Examiner
 from engines.distill.studio import Studio
 from engines.distill.trainer import distill
 from engines.errors import CheckpointError, ConfigError
-from tests.engines.test_trainer import config_of, quiet, student_weights, trainer_of
-from tests.engines.tiny import make_tiny_checkpoint
+from tests.engines.distilling import config_of, quiet, student_weights, trainer_of
 
 OWN = {"every": 2, "patience": 1, "pictures": 12, "reference": 12, "teacher_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("teacher"), student=False)
 
 
 # Whom to keep, and when to end

@@ -1,3 +1,5 @@
+"""The gate: its prompts and pictures, what it measures, its report and its command."""
+
 import argparse
 import io
 import json
@@ -21,80 +23,16 @@ from engines.errors import CheckpointError, ConfigError
 from engines.families.pixart import load_transformer
 from engines.families.student import read_student
 from engines.gate.cli import add_gate_parser
-from engines.gate.evaluator import (
-    COPIES,
-    REFERENCE_SEED,
-    Evaluator,
-    GateConfig,
-    noise_seeds,
-    paired_distance,
-    pairwise_distance,
-    read_accuracy,
-)
-from engines.gate.frechet import Reference, frechet_distance
+from engines.gate.evaluator import COPIES, REFERENCE_SEED, Evaluator, GateConfig, noise_seeds, read_accuracy
 from engines.gate.gate import SHEET_SEED, Gate, Measurements, identities, make_rows
+from engines.gate.measurement import Cost, Measurement, Row
 from engines.gate.report import contact_sheet, markdown
-from engines.gate.verdict import (
-    Cost,
-    Difference,
-    Measurement,
-    Row,
-    Summary,
-    check,
-    difference,
-    make_report,
-    record_verdict,
-)
+from engines.gate.verdict import make_report
 from engines.noise import seeded_latents
 from tests.engines.tiny import make_tiny_checkpoint
 
 GROUPS = SCENES.groups
 DOMAINS = {"image": SCENES, "video": CLIPS}
-
-
-def gaussian(num: int, dim: int, seed: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    return mean + std * torch.randn(
-        num, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-
-
-# Fréchet distance
-
-
-def test_distance_of_known_gaussians() -> None:
-    eye = torch.eye(3, dtype=torch.float64)
-    zero, three = torch.zeros(3, dtype=torch.float64), torch.full((3,), 3.0, dtype=torch.float64)
-    assert frechet_distance(zero, eye, zero, eye) == pytest.approx(0.0, abs=1e-9)
-    assert frechet_distance(zero, eye, three, eye) == pytest.approx(27.0)
-    assert frechet_distance(zero, eye, zero, 4 * eye) == pytest.approx(3.0)  # 3 axes of (2 - 1)^2
-
-
-def test_distance_of_correlated_gaussians_matches_the_matrix_square_root() -> None:
-    a, b = gaussian(500, 6, 1) @ gaussian(6, 6, 2), gaussian(500, 6, 3) @ gaussian(6, 6, 4)
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eig(cov_a @ cov_b)
-    root = (vectors @ torch.diag(values.sqrt()) @ torch.linalg.inv(vectors)).real
-    expected = (a.mean(0) - b.mean(0)).square().sum() + (cov_a + cov_b - 2 * root).trace()
-    assert frechet_distance(a.mean(0), cov_a, b.mean(0), cov_b) == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_same_distribution_is_near_zero_and_a_constant_picture_is_a_hundred_percent() -> None:
-    reference = Reference.fit(gaussian(4000, 16, 0), num_axes=16)
-    assert reference.distance(gaussian(4000, 16, 1)) < 1.0
-    constant = reference.centre.expand(50, -1) + 1e-6 * gaussian(50, 16, 2)
-    assert reference.distance(constant) == pytest.approx(100.0, abs=0.1)
-
-
-def test_distance_grows_with_the_shift_and_counts_missing_variance() -> None:
-    reference = Reference.fit(gaussian(4000, 16, 0), num_axes=8)
-    shifts = [reference.distance(gaussian(2000, 16, 1, mean=mean)) for mean in (0.0, 0.3, 1.0)]
-    assert shifts == sorted(shifts)
-    assert reference.distance(gaussian(2000, 16, 1, std=0.5)) > 5.0
-
-
-def test_one_picture_is_no_distribution() -> None:
-    with pytest.raises(ValueError, match="at least 2"):
-        Reference.fit(torch.zeros(1, 4))
 
 
 # Prompts
@@ -169,18 +107,6 @@ def test_accuracy_is_counted_per_kind_of_prompt() -> None:
     assert accuracy == {"all": 70.0, "one_object": 75.0, "two_objects": 50.0, "held_out": 100.0}
 
 
-def test_diversity_is_the_mean_distance_of_pictures_of_one_prompt() -> None:
-    features = torch.tensor([[0.0], [3.0], [3.0], [100.0], [100.0], [100.0]])
-    assert pairwise_distance(features, 3) == pytest.approx((3 + 3 + 0) / 3 / 2)
-
-
-def test_paired_distance_is_none_for_the_same_and_a_hundred_for_strangers() -> None:
-    features, others = gaussian(500, 32, 0), gaussian(500, 32, 1)
-    assert paired_distance(features, features) == 0.0
-    assert paired_distance(features, others) == pytest.approx(100.0, abs=2.0)
-    assert paired_distance(features + 0.1 * others, features) < 15.0
-
-
 class Painted(Evaluator):
     """Has no networks: keeps what it is asked to sample, and makes grey pictures."""
 
@@ -243,134 +169,6 @@ def test_teacher_and_student_are_drawn_by_their_own_networks(
 def test_judged_prompts_are_not_those_that_pictures_are_compared_with_or_students_chosen_by() -> None:
     seeds = [*range(100), REFERENCE_SEED, SHEET_SEED, PROMPT_SEED]
     assert len(set(seeds)) == len(seeds)
-
-
-# Verdict
-
-
-def summaries(**points: tuple[float, float, float]) -> dict[str, Summary]:
-    """Rows by key (`_` for `-`): one-object accuracy, accuracy over all, Fréchet distance."""
-    out = {}
-    for name, (one, overall, frechet) in points.items():
-        row = Row(name.replace("_", "-"), name, "teacher", 4)
-        accuracy = {"one_object": one, "two_objects": overall, "held_out": overall, "all": overall}
-        out[row.key] = Summary.of(row, [Measurement(accuracy, frechet)] * 2)
-    return out
-
-
-KIND = ("one_object", "one object")
-GOOD = {
-    "teacher_50_cfg": (95.0, 70.0, 2.5),
-    "teacher_4_cfg": (94.0, 67.0, 3.5),
-    "teacher_4": (80.0, 50.0, 9.0),
-    "teacher_2_cfg": (81.0, 51.0, 8.0),
-    "student_4": (93.5, 69.0, 3.0),
-}
-
-
-def test_good_student_passes_every_criterion() -> None:
-    criteria = check(summaries(**GOOD), 4, 50, KIND)
-    assert len(criteria) == 10
-    assert all(criterion.passed for criterion in criteria)
-    assert "93.5 against 95.0" in criteria[0].text
-
-
-@pytest.mark.parametrize(
-    ("student", "failing"),
-    [
-        ((92.9, 69.0, 3.0), ["(one object) to teacher_50_cfg"]),
-        ((93.5, 67.9, 3.0), ["(all prompts) to teacher_50_cfg"]),
-        ((93.5, 69.0, 3.6), ["farther from real renders than teacher_50_cfg"]),
-        (
-            (91.9, 64.9, 4.6),
-            [
-                "(one object) to teacher_50_cfg", "(all prompts) to teacher_50_cfg", "than teacher_50_cfg",
-                "(one object) to teacher_4_cfg", "(all prompts) to teacher_4_cfg", "than teacher_4_cfg",
-            ],
-        ),
-    ],
-)  # fmt: skip
-def test_student_fails_what_it_does_not_reach(
-    student: tuple[float, float, float], failing: list[str]
-) -> None:
-    failed = [
-        criterion.text
-        for criterion in check(summaries(**{**GOOD, "student_4": student}), 4, 50, KIND)
-        if not criterion.passed
-    ]
-    assert len(failed) == len(failing)
-    assert all(part in text for part, text in zip(failing, failed, strict=True))
-
-
-@pytest.mark.parametrize("rival", ["teacher_4", "teacher_2_cfg"])
-def test_student_that_is_only_as_good_as_its_teacher_at_equal_cost_fails(rival: str) -> None:
-    rows = {**GOOD, rival: (80.0, 69.0, 3.0)}
-    failed = [criterion.text for criterion in check(summaries(**rows), 4, 50, KIND) if not criterion.passed]
-    assert len(failed) == 2
-    assert f"more often than {rival}: 69.0 against 69.0" in failed[0]
-    assert f"than {rival}: Fréchet distance 3.00 against 3.00" in failed[1]
-
-
-def test_odd_number_of_steps_has_only_the_unguided_rival() -> None:
-    rows = {"teacher_50_cfg": GOOD["teacher_50_cfg"], "teacher_1": GOOD["teacher_4"]}
-    rows["teacher_1_cfg"] = GOOD["teacher_4_cfg"]
-    criteria = check(summaries(**rows, student_1=GOOD["student_4"]), 1, 50, KIND)
-    assert [criterion.passed for criterion in criteria] == [True] * 8
-
-
-def measured_as(key: str, *one_object: float) -> Summary:
-    """A row by its accuracy at each seed; the other numbers are those of a good student."""
-    rows = [Measurement({"one_object": one, "all": 69.0}, 3.0) for one in one_object]
-    return Summary.of(Row(key, key, "teacher", 4), rows)
-
-
-@pytest.mark.parametrize(
-    ("ours", "passes"),
-    [
-        ([94.0, 94.0, 94.0, 94.0], True),  # one point less, at every seed
-        ([91.0, 96.0, 92.0, 97.0], False),  # one point less on average, or three, or none
-        ([94.5], False),  # of one seed nothing follows
-    ],
-)
-def test_student_is_as_good_as_its_teacher_only_if_that_is_no_luck(ours: list[float], passes: bool) -> None:
-    rows = summaries(**GOOD)
-    for key, values in (("student-4", ours), ("teacher-50-cfg", [95.0] * len(ours))):
-        rows[key] = measured_as(key, *values)
-    for key in ("teacher-4-cfg", "teacher-4", "teacher-2-cfg"):
-        rows[key] = Summary.of(rows[key].row, rows[key].measurements[:1] * len(ours))
-    first = check(rows, 4, 50, KIND)[0]
-    assert "(one object) to teacher-50-cfg" in first.text
-    assert first.passed == passes
-
-
-def test_interval_is_that_of_students_t() -> None:
-    found = Difference.of([3.0, 4.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0])
-    reach = 2.353 * np.std([2, 3, 1, 2], ddof=1) / 2
-    assert (found.lowest, found.highest) == pytest.approx((2.0 - reach, 2.0 + reach))
-    assert str(found) == f"+2.00 (90 % interval {2 - reach:+.2f} to {2 + reach:+.2f})"
-    assert (Difference.of([1.0], [0.0]).lowest, Difference.of([1.0], [0.0]).highest) == (-np.inf, np.inf)
-
-
-def test_difference_is_what_the_row_has_more_and_how_sure_that_is() -> None:
-    def measured(values: list[tuple[float, float, float]]) -> list[Measurement]:
-        return [Measurement({"all": one}, two, scores={"clip": three}) for one, two, three in values]
-
-    ours = measured([(80.0, 5.0, 31.0), (82.0, 6.0, 31.5), (84.0, 4.0, 32.0)])
-    theirs = measured([(85.0, 2.0, 30.0), (86.0, 2.0, 30.0), (87.0, 2.0, 30.0)])
-    row = Row("student-4", "student, 4 steps", "student", 4)
-    found = difference(row, ours, "teacher-50-cfg", theirs)
-    for name, each in (("accuracy", [-5, -4, -3]), ("frechet", [3, 4, 2]), ("clip", [1, 1.5, 2])):
-        error = np.std(each, ddof=1) / np.sqrt(3)
-        assert found[name] == pytest.approx({"mean": np.mean(each), "standard_error": error})
-    assert difference(row, ours[:1], "x", theirs[:1])["frechet"] == {"mean": 3.0, "standard_error": None}
-
-
-def test_rows_that_were_not_measured_fail() -> None:
-    rows = summaries(**GOOD)
-    del rows["teacher-4"]
-    (criterion,) = check(rows, 4, 50, KIND)
-    assert not criterion.passed
-    assert "teacher-4" in criterion.text
 
 
 # Report
@@ -603,25 +401,3 @@ def test_command_exits_with_the_verdict(directories: dict[str, Path], tmp_path: 
     assert args.run(args) == 1  # random weights draw nothing, and the teacher's rows are missing
     with pytest.raises(SystemExit):
         parser.parse_args(["gate", "x", "--steps", "4,0"])
-
-
-def test_verdict_survives_in_student_json(directories: dict[str, Path], tmp_path: Path) -> None:
-    student = make_tiny_checkpoint(tmp_path / "student")
-    spread = {"mean": 1.23456, "sd": 0.0}
-    row = {"key": "student-4", "nfe": 4, "accuracy": {"all": spread}, "frechet": spread}
-    row |= {"diversity": spread, "cost": {"seconds": 0.123456, "paired": 1.0}, "scores": {}}
-    record_verdict(student, {"passed": True, "criteria": [], "setup": {}, "rows": [row]})
-    gate = read_student(student).gate
-    assert gate is not None
-    assert gate["passed"] is True
-    assert gate["rows"] == [
-        {
-            "key": "student-4",
-            "nfe": 4,
-            "accuracy": {"all": 1.23},
-            "frechet": 1.235,
-            "scores": {},
-            "diversity": 1.2,
-            "seconds": 0.1235,
-        }
-    ]

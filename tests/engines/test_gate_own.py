@@ -35,7 +35,8 @@ from engines.gate.features import (
     pixel_features,
 )
 from engines.gate.gate import Gate
-from engines.gate.verdict import Measurement, Row, Summary, check_own
+from engines.gate.measurement import Measurement, Row, Summary
+from engines.gate.verdict import check_own
 from tests.engines.colours import COLOURS
 from tests.engines.tiny import CLIP_TEXT_TOKENS, make_clip_tokenizer, make_tiny_checkpoint
 

@@ -15,7 +15,7 @@ from engines.demo.judge import Judge
 from engines.errors import CheckpointError, GateError
 from engines.gate.evaluator import GateConfig
 from engines.gate.gate import Gate, Measurements
-from engines.gate.verdict import Measurement, Row
+from engines.gate.measurement import Measurement, Row
 from tests.engines.tiny import make_tiny_checkpoint
 
 pytestmark = pytest.mark.slow

@@ -17,15 +17,10 @@ from engines.distill.trainer import Trainer, distill
 from engines.errors import ConfigError
 from engines.families.pixart import STEPS_EMBEDDING_KEY, load_transformer
 from engines.schedule import NoiseSchedule, flow_schedule
-from tests.engines.test_trainer import config_of, quiet, settings, student_weights
+from tests.engines.distilling import config_of, quiet, settings, student_weights
 from tests.engines.tiny import make_tiny_checkpoint
 
 LORA = {"rank": 4, "alpha": 8}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("teacher"), student=False)
 
 
 def query(steps: int = 2) -> tuple[Tensor, Tensor, Conditioning]:

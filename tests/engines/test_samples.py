@@ -18,15 +18,10 @@ from engines.distill.samples import filmstrips, lay_out
 from engines.distill.studio import averaged
 from engines.distill.trainer import Trainer, distill
 from engines.gate.painter import Painter
-from tests.engines.test_trainer import PROMPTS, config_of, quiet, trainer_of
-from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
+from tests.engines.distilling import PROMPTS, config_of, quiet, trainer_of
+from tests.engines.tiny import make_tiny_cogvideox
 
 SAMPLES = {"every": 3, "prompts": 2, "seeds": 1, "teacher_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("teacher"), student=False)
 
 
 def state(out: Path) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-import io
+"""Distillation from the first iteration to the student's directory: resumed, stopped, refused."""
+
 import json
 import math
 import os
@@ -12,149 +13,21 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PixArtAlphaPipeline
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.bundle import platform
-from engines.bundle.platform import current_platform
 from engines.denoiser import Conditioning
 from engines.distill import tdm, trajectory
 from engines.distill.checkpoint import TrainingState, latest_checkpoint, load_checkpoint
-from engines.distill.config import DistillConfig, parse_config, read_config
 from engines.distill.prompts import load_prompt_bank
 from engines.distill.roles import step_aware_copy
 from engines.distill.student import load_teacher
 from engines.distill.trainer import Trainer, distill
-from engines.distill.updates import lr_factor, update_average
-from engines.errors import CheckpointError, ConfigError, TrainingError
+from engines.distill.updates import update_average
+from engines.errors import CheckpointError, TrainingError
 from engines.families.pixart import STEPS_EMBEDDING_KEY, load_encoder, load_transformer
+from tests.engines.distilling import PROMPTS, config_of, quiet, settings, student_weights, trainer_of
 from tests.engines.tiny import MAX_TEXT_TOKENS, make_tiny_checkpoint
-
-PROMPTS = ["a red cube", "a small blue sphere left of a green cone", "a torus"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("teacher"), student=False)
-
-
-def settings(teacher: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    prompts = out.parent / "prompts.txt"
-    prompts.write_text("\n\n".join(PROMPTS) + "\n")
-    return {
-        "name": "tiny",
-        "teacher": str(teacher),
-        "out": str(out),
-        "prompts": str(prompts),
-        "iterations": 6,
-        "batch_size": 8,
-        "student_lr": 1e-3,
-        "fake_lr": 3e-3,
-        "steps_lr": 1e-2,
-        "checkpoint_every": 2,
-        "log_every": 2,
-        "num_threads": 1,
-        "device": "cpu",
-    } | changes
-
-
-def config_of(teacher: Path, out: Path, **changes: Any) -> DistillConfig:
-    return parse_config(settings(teacher, out, **changes), "test")
-
-
-def trainer_of(config: DistillConfig) -> Trainer:
-    return Trainer(config, load_teacher(config.teacher), load_prompt_bank(config))
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), force_terminal=False)
-
-
-def student_weights(out: Path) -> dict[str, Tensor]:
-    return load_file(out / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
-
-
-# Settings
-
-
-def test_precision_is_chosen_for_the_device_and_then_belongs_to_the_run(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_of(teacher, tmp_path / "out")
-    for flags, chosen in ((("avx2", "avx512f"), "none"), (("avx2", "avx512_bf16"), "bfloat16")):
-        here = current_platform().model_copy(update={"cpu_flags": flags})
-        monkeypatch.setattr(platform, "current_platform", lambda here=here: here)
-        assert config.on("cpu").numerics()["autocast"] == trainer_of(config).config.autocast == chosen
-        assert config.on("cuda:0").autocast == "bfloat16"
-        assert config_of(teacher, tmp_path / "out", autocast="none").on("cuda:0").autocast == "none"
-
-
-def test_shipped_config_is_valid() -> None:
-    config = read_config(Path(__file__).parents[2] / "engines" / "distill" / "configs" / "scenes.yaml")
-    assert set(config.num_steps) == {1, 2, 4}
-    assert config.fake_lr >= 2 * config.student_lr
-
-
-def test_every_key_at_fault_is_named(tmp_path: Path, teacher: Path) -> None:
-    values = settings(teacher, tmp_path / "out", batchsize=4, iterations=0, objective={"huber": 1.0})
-    with pytest.raises(ConfigError) as error:
-        parse_config(values, "run.yaml")
-    assert all(key in str(error.value) for key in ("run.yaml", "batchsize", "iterations", "objective.huber"))
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"default_num_steps": 3}, "default_num_steps 3"),
-        ({"objective": {"guidance_scale": 0.0}}, "guidance_scale"),
-        ({"objective": {"tau_floor": 0}}, "tau_floor"),
-        ({"objective": {"fake_loss": "mse"}}, "fake_loss"),
-        ({"num_steps": {4: -1.0}}, "num_steps"),
-    ],
-)
-def test_values_out_of_range_are_refused(
-    tmp_path: Path, teacher: Path, change: dict[str, Any], match: str
-) -> None:
-    with pytest.raises(ConfigError, match=match):
-        parse_config(settings(teacher, tmp_path / "out", **change), "run.yaml")
-
-
-def test_overrides_win_over_the_file(tmp_path: Path, teacher: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(json.dumps(settings(teacher, tmp_path / "out")))  # JSON is YAML
-    config = read_config(
-        file, ["seed=7", "objective.guidance_scale=3", "num_steps={2: 1.0}", "default_num_steps=2"]
-    )
-    assert (config.seed, config.objective.guidance_scale, config.num_steps) == (7, 3.0, {2: 1.0})
-    with pytest.raises(ConfigError, match="key=value"):
-        read_config(file, ["seed"])
-
-
-@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1\n", "\x00"])
-def test_files_that_are_not_settings_are_refused(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(content)
-    with pytest.raises(ConfigError, match=r"run\.yaml"):
-        read_config(file)
-    with pytest.raises(ConfigError, match="no such file"):
-        read_config(tmp_path / "missing.yaml")
-
-
-def test_steps_without_room_for_a_tau_are_refused(tmp_path: Path, teacher: Path) -> None:
-    config = config_of(teacher, tmp_path / "out", num_steps={100: 1.0}, default_num_steps=100)
-    with pytest.raises(ConfigError, match="100 steps"):
-        trainer_of(config)
-
-
-def test_learning_rate_rises_holds_and_falls(tmp_path: Path, teacher: Path) -> None:
-    config = config_of(teacher, tmp_path / "out", iterations=100, warmup_iterations=10, decay_share=0.4)
-    factors = [lr_factor(iteration, config) for iteration in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert set(factors[10:60]) == {1.0}
-    assert factors[60:] == sorted(factors[60:], reverse=True)
-    assert factors[-1] == pytest.approx(0.05, abs=0.03)
-
 
 # Prompts
 

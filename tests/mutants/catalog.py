@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import engines
+from tests.mutants import bundles, distillation, gate, objective, sampling
 from tests.mutants.mutant import Mutant
 
 SCRIPTS = "server/queue/lua"
@@ -13,7 +13,11 @@ BATCH_POLICY = "server/worker/batch_policy.py"
 POLICY = "tests/server/worker/test_batch_policy.py"
 
 MUTANTS = (
-    *engines.MUTANTS,
+    *objective.MUTANTS,
+    *distillation.MUTANTS,
+    *gate.MUTANTS,
+    *bundles.MUTANTS,
+    *sampling.MUTANTS,
     # the queue's verbs
     Mutant(
         "a worker that lost its lease starts the job all the same",

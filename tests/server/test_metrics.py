@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from server.job import Job, JobKind, OutputRef, new_job
-from server.metrics import OBJECTIVES, REQUEST_BUCKETS, STAGE_BUCKETS, Metrics, MetricsServer, Outcome, table
+from server.metrics import OBJECTIVES, REQUEST_BUCKETS, STAGE_BUCKETS, Metrics, Outcome, table
+from server.scrape import MetricsServer
 from tests.server.conftest import request_of
 
 

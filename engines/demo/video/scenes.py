@@ -244,6 +244,54 @@ def _turned(v: Tensor, angle: Tensor) -> Tensor:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """What rays meet of the solids, each (clip, frame, ray), the normals with a last axis of 3."""
+
+    hit: Tensor
+    normal: Tensor
+    light: Tensor
+
+
+def _trace_solids(
+    scenes: Sequence[Scene],
+    eye: Tensor,
+    ground: Tensor,
+    rays: Tensor,
+    falls: Tensor,
+    turn: Tensor,
+    sun: Tensor,
+) -> _Traced:
+    """Follow every ray to its clip's solid or, past it, to the ground where the solid's shadow may lie.
+
+    Args:
+        scenes: one for each clip.
+        eye: (clip, frame, 3), the camera in the frame of each solid, in units of its radius.
+        ground: (clip, frame, ray, 3), where rays meet the ground, in the same.
+        rays: (ray, 3) directions.
+        falls: (ray,), whether it meets the ground at all.
+        turn: (clip, frame) radians, how far the solid is turned.
+        sun: (clip, 3) direction to it.
+    """
+    seen = meets_bound(eye[:, :, None], rays[None, None])
+    dimmed = meets_bound(ground, sun[:, None, None], 1.5 * BOUND) & falls
+    traced = _Traced(
+        hit=torch.zeros(seen.shape, dtype=torch.bool),
+        normal=torch.zeros(*seen.shape, 3),
+        light=torch.ones(seen.shape),
+    )
+    for shape in SHAPES:
+        of_shape = torch.tensor([scene.shape == shape for scene in scenes])[:, None, None]
+        i, f, r = (seen & of_shape).nonzero(as_tuple=True)
+        back = -turn[i, f]
+        traced.hit[i, f, r], facing = trace(shape, _turned(eye[i, f], back), _turned(rays[r], back))
+        traced.normal[i, f, r] = _turned(facing, -back)
+        i, f, r = (dimmed & of_shape & ~traced.hit).nonzero(as_tuple=True)
+        back = -turn[i, f]
+        traced.light[i, f, r] = shade(shape, _turned(ground[i, f, r], back), _turned(sun[i], back))
+    return traced
+
+
 def _render_chunk(scenes: Sequence[Scene], clips: Sequence[_Nuisance], size: int, samples: int) -> Tensor:
     num, frames = len(scenes), len(clips[0].path)
     radius = _rows([clip.radius for clip in clips])
@@ -262,21 +310,8 @@ def _render_chunk(scenes: Sequence[Scene], clips: Sequence[_Nuisance], size: int
 
     # in the frame of each solid, in units of its radius; (clip, frame, ray)
     eye = (camera - centre) / radius[:, None, None]
-    seen = meets_bound(eye[:, :, None], rays[None, None])
     ground = (below[None, None] - centre[:, :, None]) / radius[:, None, None, None]
-    dimmed = meets_bound(ground, sun_at[:, None, None], 1.5 * BOUND) & falls
-    hit = torch.zeros(num, frames, len(rays), dtype=torch.bool)
-    normal = torch.zeros(num, frames, len(rays), 3)
-    light = torch.ones(num, frames, len(rays))
-    for shape in SHAPES:
-        of_shape = torch.tensor([scene.shape == shape for scene in scenes])[:, None, None]
-        i, f, r = (seen & of_shape).nonzero(as_tuple=True)
-        back = -turn[i, f]
-        hit[i, f, r], facing = trace(shape, _turned(eye[i, f], back), _turned(rays[r], back))
-        normal[i, f, r] = _turned(facing, -back)
-        i, f, r = (dimmed & of_shape & ~hit).nonzero(as_tuple=True)
-        back = -turn[i, f]
-        light[i, f, r] = shade(shape, _turned(ground[i, f, r], back), _turned(sun_at[i], back))
+    traced = _trace_solids(scenes, eye, ground, rays, falls, turn, sun_at)
 
     def of_clip(values: Sequence[Colour]) -> Tensor:
         return _rows(values)[:, None, None]
@@ -289,14 +324,14 @@ def _render_chunk(scenes: Sequence[Scene], clips: Sequence[_Nuisance], size: int
     above = horizon + (of_clip([sky.zenith for sky in skies]) - horizon) * height
     away = (ground[..., :2].square().sum(-1)) + 0.6 * (centre[..., 2] / radius[:, None] - 0.7)[..., None] ** 2
     occlusion = 1 - 0.45 * torch.exp(-1.1 * away)
-    earth = ambient * 1.3 * occlusion[..., None] + sun * (light * sun_at[:, 2, None, None])[..., None]
+    earth = ambient * 1.3 * occlusion[..., None] + sun * (traced.light * sun_at[:, 2, None, None])[..., None]
     earth = of_clip([clip.ground for clip in clips]) * earth
     haze = (1 - torch.exp(-((reach / 26.0) ** 2)))[:, None]
     earth = earth + (horizon - earth) * haze
     colour = torch.where(falls[:, None], earth, above)
 
-    i, f, r = hit.nonzero(as_tuple=True)
-    n, to_sun = normal[i, f, r], sun_at[i]
+    i, f, r = traced.hit.nonzero(as_tuple=True)
+    n, to_sun = traced.normal[i, f, r], sun_at[i]
     lambert = (n * to_sun).sum(1).clamp_min(0)
     half = torch.nn.functional.normalize(to_sun - rays[r], dim=1)
     highlight = 0.55 * _rows([clip.gloss for clip in clips])[i] * (n * half).sum(1).clamp_min(0) ** 30

@@ -7,9 +7,9 @@ from fastapi import APIRouter
 from server.api.catalog import ServedModel
 from server.api.dependencies import Services, ServicesDep
 from server.api.errors import InvalidRequestError, ModelNotFoundError
+from server.api.offer import pick_fps, sizes_of
 from server.api.routes.openapi import documented
 from server.api.schemas import ModelList, ModelView
-from server.api.submit import pick_fps, sizes_of
 from server.api.views import seconds_of
 from server.job import JobKind
 

@@ -26,6 +26,12 @@ def settings(valkey_url: str, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
+def settings_of_both(redis_url: str, tmp_path: Path) -> Settings:
+    """The same over Valkey and over Redis in turn: what a file whose tests want both calls its `settings`."""
+    return Settings(redis_url=redis_url, data_dir=tmp_path, max_queue=3)
+
+
+@pytest.fixture
 async def api(settings: Settings) -> AsyncIterator[Api]:
     """An api process whose one worker is announced: it serves an image model, `scenes`."""
     async with running_api(settings) as api:

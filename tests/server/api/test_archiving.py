@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,8 @@ HOUR_MS = 3_600_000
 
 
 @pytest.fixture
-def settings(redis_url: str, tmp_path: Path) -> Settings:
-    return Settings(redis_url=redis_url, data_dir=tmp_path, max_queue=3)
-
-
-@pytest.fixture
-async def api(settings: Settings) -> AsyncIterator[Api]:
-    async with running_api(settings) as api:
-        api.worker.announce()
-        yield api
+def settings(settings_of_both: Settings) -> Settings:
+    return settings_of_both
 
 
 async def archive(api: Api, *, later_ms: int = HOUR_MS + 1000) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,15 +23,8 @@ TTL_S = 10
 
 
 @pytest.fixture
-def settings(redis_url: str, tmp_path: Path) -> Settings:
-    return Settings(redis_url=redis_url, data_dir=tmp_path, result_ttl_s=TTL_S)
-
-
-@pytest.fixture
-async def api(settings: Settings) -> AsyncIterator[Api]:
-    async with running_api(settings) as api:
-        api.worker.announce()
-        yield api
+def settings(settings_of_both: Settings) -> Settings:
+    return settings_of_both.model_copy(update={"result_ttl_s": TTL_S})
 
 
 def set_clock(api: Api, now_ms: int) -> None:

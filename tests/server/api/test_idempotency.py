@@ -25,15 +25,8 @@ KEY = {"idempotency-key": "order-1"}
 
 
 @pytest.fixture
-def settings(redis_url: str, tmp_path: Path) -> Settings:
-    return Settings(redis_url=redis_url, data_dir=tmp_path, max_queue=3)
-
-
-@pytest.fixture
-async def api(settings: Settings) -> AsyncIterator[Api]:
-    async with running_api(settings) as api:
-        api.worker.announce()
-        yield api
+def settings(settings_of_both: Settings) -> Settings:
+    return settings_of_both
 
 
 def replayed(response: httpx.Response) -> bool:
