@@ -13,7 +13,7 @@ from typing import Any
 
 from redis.exceptions import OutOfMemoryError, RedisError
 
-from server.job import TERMINAL, Job, Priority, model_tag
+from server.job import TERMINAL, Job, model_tag
 from server.queue.archive import Answer, Archive, ArchiveError
 from server.queue.calls import Calls
 from server.queue.clock import RedisClock
@@ -28,9 +28,9 @@ from server.queue.records import (
     dump_cost,
     dump_request,
     load_job,
-    load_worker,
 )
 from server.queue.replies import Replies
+from server.queue.stats import HEALTH_SECTIONS, ask_stats, load_health, load_stats
 
 log = logging.getLogger(__name__)
 
@@ -127,16 +127,10 @@ class JobQueue:
             )
         max_waiting = self._max_waiting if admit else 0
         max_ahead_us = "" if max_ahead_ms is None else math.floor(max_ahead_ms * 1000)
+        request, times = dump_request(job.request), (job.created_ms, job.deadline_ms, self._result_ttl_ms)
         args = (
-            *(job.id, job.tenant, job.priority, job.kind, dump_request(job.request), job.fingerprint),
-            *(
-                job.created_ms,
-                job.deadline_ms,
-                self._result_ttl_ms,
-                job.traceparent or "",
-                self._replies.address,
-            ),
-            dump_cost(job.cost_ms),
+            *(job.id, job.tenant, job.priority, job.kind, request, job.fingerprint, *times),
+            *(job.traceparent or "", self._replies.address, dump_cost(job.cost_ms)),
             *(_digest(idempotency_key), IDEMPOTENCY_TTL_MS, max_waiting, self._max_live_per_tenant),
             max_ahead_us,
         )
@@ -266,35 +260,10 @@ class JobQueue:
 
     async def stats(self, model: str) -> QueueStats:
         """Counts of one class and its live workers."""
-        prefix, now_ms = class_prefix(model), self.clock()
+        now_ms = self.clock()
         pipeline = self._redis.pipeline(transaction=False)
-        for priority in Priority:
-            pipeline.zcard(waiting_key(model, priority))
-        for priority in Priority:
-            pipeline.zrange(waiting_key(model, priority), 0, 0, withscores=True)
-        pipeline.zcard(f"{prefix}:live")
-        pipeline.xlen(f"{prefix}:dead")
-        pipeline.zcount(f"{prefix}:ended", f"({now_ms}", "+inf")
-        pipeline.hgetall(f"{prefix}:pump")
-        pipeline.zrangebyscore(f"{prefix}:alive", f"({now_ms}", "+inf")
-        pipeline.hgetall(f"{prefix}:w")
-        replies: list[Any] = await self._calls.unless_silent(pipeline.execute())
-        num = len(Priority)
-        waiting = dict(zip(Priority, replies[:num], strict=True))
-        oldest = [score for first in replies[num : 2 * num] for _, score in first]
-        live, dead, kept, pump, alive, infos = replies[2 * num :]
-        waiting_us = sum(int(pump.get(f"work:{priority}", 0)) for priority in Priority)
-        return QueueStats(
-            waiting=waiting,
-            running=live - sum(waiting.values()),
-            oldest_age_ms=max(0, now_ms - int(min(oldest))) if oldest else 0,
-            dead=dead,
-            kept=kept,
-            forgotten=int(pump.get("forgotten", 0)),
-            waiting_ms=waiting_us / 1000,
-            running_ms=(int(pump.get("work:live", 0)) - waiting_us) / 1000,
-            workers=tuple(load_worker(infos[consumer]) for consumer in alive if consumer in infos),
-        )
+        ask_stats(pipeline, model, now_ms)
+        return load_stats(await self._calls.unless_silent(pipeline.execute()), now_ms)
 
     async def memory_use(self) -> float:
         """Share of Redis's memory limit that is used; 0 where there is no limit.
@@ -305,14 +274,7 @@ class JobQueue:
 
     async def health(self) -> RedisHealth:
         """Redis's memory, its append-only file and its load."""
-        info: Any = await self._calls.unless_silent(self._redis.info("memory", "persistence", "stats"))
-        return RedisHealth(
-            used_bytes=int(info["used_memory"]),
-            limit_bytes=int(info.get("maxmemory", 0)),
-            aof_ok=bool(int(info.get("aof_enabled", 0))) and info.get("aof_last_write_status") == "ok",
-            delayed_fsyncs=int(info.get("aof_delayed_fsync", 0)),
-            commands_per_s=float(info.get("instantaneous_ops_per_sec", 0)),
-        )
+        return load_health(await self._calls.unless_silent(self._redis.info(*HEALTH_SECTIONS)))
 
     async def takes_turn(self, task: str, period_ms: int) -> bool:
         """True for one api process in every `period_ms`: that one does the task."""
