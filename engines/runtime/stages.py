@@ -13,6 +13,7 @@ from engines.bundle.manifest import Manifest
 from engines.bundle.stages import Backend, ComputeDType, StageName, StageSpec, TensorSpec
 from engines.families.spec import FamilySpec, get_family
 from engines.runtime.aotinductor import AotInductorEngine, Constants
+from engines.runtime.conv3d import use_onednn
 
 CPU = torch.device("cpu")
 
@@ -152,7 +153,9 @@ def load_module(
         CheckpointError: a part of the checkpoint cannot be loaded.
     """
     if device.type == "cpu":
-        return family.load_stage(checkpoint, spec, dtype)
+        module = family.load_stage(checkpoint, spec, dtype)
+        use_onednn(module)
+        return module
     # made on the device: what weights are initialised with before they are read takes a CPU minutes
     with device:
         module = family.load_stage(checkpoint, spec, dtype)
