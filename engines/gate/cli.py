@@ -15,8 +15,9 @@ def add_gate_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "gate",
         help="measure a student against its teacher and real pictures",
-        description="Measure a student against its teacher and real renders; write report.json, report.md "
-        "and contact_sheet.png. A gate that was stopped goes on where it was. Exit status 1: not passed.",
+        description="Measure a student against its teacher and real renders; write report.json, report.md, "
+        "contact_sheet.png and, of clips, contact_sheet.webp, which moves. A gate that was stopped goes on "
+        "where it was. Exit status 1: not passed.",
     )
     parser.add_argument("student", type=Path, metavar="STUDENT", help="directory written by distill")
     parser.add_argument(

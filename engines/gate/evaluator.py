@@ -51,7 +51,7 @@ class GateConfig:
             steps are what the Fréchet distance compares with.
         features: with `prompts`, the space of the Fréchet distance, see `features.make_features`.
         clip, hps: with `prompts`, directories of a CLIP and of HPSv2 in its format, to score pictures with.
-        out: where report.json, report.md and contact_sheet.png go.
+        out: where report.json, report.md and contact_sheet.png go, and of clips contact_sheet.webp.
         seeds: how many times, each with its own prompts and noise.
         num_prompts: per seed, of all kinds together.
         num_reference: real renders, or the teacher's pictures, that the Fréchet distance compares with.

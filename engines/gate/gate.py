@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -48,7 +47,7 @@ from engines.gate.evaluator import (
 from engines.gate.features import PIXELS, check_features
 from engines.gate.measurement import Cost, Measurement, Row
 from engines.gate.parallel import Unit, measure_units
-from engines.gate.report import contact_sheet, markdown, save_contact_sheet
+from engines.gate.report import contact_sheet, markdown, save_animation, save_contact_sheet
 from engines.gate.verdict import make_report, record_verdict
 
 SHEET_SEED = 20_000
@@ -168,7 +167,7 @@ class Gate:
         config = self.config
         self.measure_all()
         costs = self.measure_costs()
-        save_contact_sheet(config.out / "contact_sheet.png", self.contact_sheet())
+        self.save_contact_sheets()
         measured = [(row, self.measurements.of(row, config.seeds)) for row in self.rows]
         report = make_report(self.student, self.setup(), measured, self.most_steps, costs)
         report["examples"] = self.measure_examples()
@@ -301,8 +300,8 @@ class Gate:
         of = [self.measurements.identities[source] for source in ("teacher", row.source)]
         return digest([*of, *same])
 
-    def contact_sheet(self) -> Image.Image:
-        """Teacher and student beside each other, from the same prompts and noise."""
+    def save_contact_sheets(self) -> None:
+        """Teacher and student beside each other, from the same prompts and noise; clips also move."""
         steps = self.student.default_num_steps
         wanted = [f"teacher-{self.most_steps}-cfg", f"teacher-{steps}-cfg", f"teacher-{steps}"]
         wanted += [f"student-{count}" for count in self.config.steps]
@@ -313,8 +312,16 @@ class Gate:
         rows = [prompts.groups.index(group) + i for group in groups for i in range(3)] or list(range(6))
         prompts = prompts.take(rows)
         pictures = [self.evaluator.paint(row, prompts) for row in shown]
-        height = 96 if self.student.kind == "video" else 192
-        return contact_sheet([_title(row) for row in shown], pictures, prompts.captions, height=height)
+        columns, captions, out = [_title(row) for row in shown], prompts.captions, self.config.out
+        if self.student.kind != "video":
+            save_contact_sheet(out / "contact_sheet.png", contact_sheet(columns, pictures, captions))
+            return
+        save_contact_sheet(out / "contact_sheet.png", contact_sheet(columns, pictures, captions, height=96))
+        frames = [
+            contact_sheet(columns, [clips[:, index] for clips in pictures], captions, height=112)
+            for index in range(self.student.frames)
+        ]
+        save_animation(out / "contact_sheet.webp", frames, self.student.fps)
 
 
 def _read_costs(path: Path) -> dict[str, Cost]:

@@ -203,6 +203,23 @@ def _filmstrips(clips: Tensor) -> Tensor:
     return shown.permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
+def save_animation(path: Path, frames: Sequence[Image.Image], fps: int) -> None:
+    """Write frames as a WebP that plays for ever; the last one stays for half a second."""
+    durations_ms = [round(1000 / fps)] * len(frames)
+    durations_ms[-1] += 500
+    with replacing(path) as partial:
+        frames[0].save(
+            partial,
+            "WEBP",
+            save_all=True,
+            append_images=list(frames[1:]),
+            duration=durations_ms,
+            loop=0,
+            quality=80,
+            method=6,
+        )
+
+
 def save_contact_sheet(path: Path, sheet: Image.Image) -> None:
     with replacing(path) as partial:
         sheet.save(partial, "PNG", optimize=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 from rich.console import Console
 
 from engines.demo.video.domain import CLIPS, video_counts
@@ -66,4 +67,8 @@ def test_videos_are_measured_read_and_shown_as_filmstrips(gate: Gate) -> None:
     with Image.open(gate.config.out / "contact_sheet.png") as sheet:
         assert sheet.width > 4 * 3 * 96
         assert sheet.height > 6 * 96
+    with Image.open(gate.config.out / "contact_sheet.webp") as moving:
+        assert (moving.format, getattr(moving, "n_frames", 1)) == ("WEBP", 9)
+        frames = [np.asarray(frame.convert("RGB"), int) for frame in ImageSequence.Iterator(moving)]
+    assert all(np.abs(a - b).max() > 20 for a, b in itertools.pairwise(frames))
     assert read_student(gate.config.student).gate_passed == report["passed"]
