@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.reaper import start_reaper
-from tests.stamp import FOLDER, is_current
+from tests.stamp import is_covered, is_current
 from tests.watchdog import watch
 
 SLOW_FOLDERS = {"e2e", "failures"}
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def leave_out_what_has_passed(items: list[pytest.Item]) -> None:
     """Skip slow tests of engines that have passed with the very same files (tests/stamp.py)."""
-    slow = [item for item in items if FOLDER in item.path.parents and item.get_closest_marker("slow")]
+    slow = [item for item in items if is_covered(item.path) and item.get_closest_marker("slow")]
     if slow and is_current():
         for item in slow:
             item.add_marker(

@@ -1,4 +1,4 @@
-"""A stamp for tests that cost much and concern little: the slow ones of `tests/engines`.
+"""A stamp for tests that cost much and concern little: the slow ones of `engines` and of what measures it.
 
 They compile, export and train for a third of a whole run's time, and depend on nothing but what is hashed
 here. Once they have passed, `python -m tests.stamp` writes the hash down; as long as it is the same, a run
@@ -14,10 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ROOT / "tests/engines/passed.sha256"
-FOLDER = ROOT / "tests/engines"
+TESTS = ("tests/engines", "tests/test_distill_benchmark.py", "tests/test_witness.py")
 DEPENDS_ON = (
-    *("engines", "tests/engines", "tests/shared.py", "tests/ports.py", "loadtests/gpu.sh"),
-    *("constraints.txt", "pyproject.toml"),
+    *TESTS,
+    *("engines", "loadtests/distill", "loadtests/witness", "loadtests/machine.py", "loadtests/gpu.sh"),
+    *("tests/shared.py", "tests/ports.py", "constraints.txt", "pyproject.toml"),
 )
 
 
@@ -36,6 +37,11 @@ def digest() -> str:
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         whole.update(f"{content} {path.relative_to(ROOT).as_posix()}\n".encode())
     return whole.hexdigest()
+
+
+def is_covered(test: Path) -> bool:
+    """Whether a file of tests is one of them."""
+    return any((ROOT / name) in (test, *test.parents) for name in TESTS)
 
 
 def is_current() -> bool:
