@@ -41,7 +41,7 @@ def order(client: openai.OpenAI, key: str) -> bytes:
 
 def make_clip(client: openai.OpenAI, model: str, out: Path) -> None:
     """A clip: it takes longer, so it is a job that is looked at until it is done."""
-    video = client.videos.create(prompt="a red square moves left", model=model)
+    video = client.videos.create(prompt="a red cube moving left", model=model)
     while video.status in ("queued", "in_progress"):
         print(f"{video.id}: {video.status}, {video.progress} %")
         time.sleep(0.2)
