@@ -92,6 +92,10 @@ class Saturation:
     latency: Latency
 
 
+MIN_MEASURED = 2
+"""Replies without which there are no quantiles."""
+
+
 class LoadClient:
     """HTTP client for one server, every connection kept open.
 
@@ -148,30 +152,36 @@ class LoadClient:
     ) -> Saturation:
         """Throughput of a closed loop.
 
-        Only replies that end within the measured window count; it opens after the warm-up. They are decoded
-        when it has closed, so that checking them costs the server nothing.
+        Only replies that end within the measured window count; it opens after the warm-up, and stays open
+        until two have ended in it, however slow the server is. They are decoded when it has closed, so that
+        checking them costs the server nothing.
 
         Raises:
             BadReplyError: a reply is not a picture.
         """
         replies: list[Reply] = []
+        after_warm_up: list[Reply] = []
         opens_s = time.perf_counter() + warm_up_s
         closes_s = opens_s + seconds
 
         async def client() -> None:
-            while time.perf_counter() < closes_s:
-                replies.append(await self.ask(next(bodies)))
+            while time.perf_counter() < closes_s or len(after_warm_up) < MIN_MEASURED:
+                reply = await self.ask(next(bodies))
+                replies.append(reply)
+                if reply.ended_s >= opens_s:
+                    after_warm_up.append(reply)
 
         cpu_before_s = time.process_time()
         await asyncio.gather(*(client() for _ in range(concurrency)))
         cpu_s = time.process_time() - cpu_before_s
 
         self._check(replies)
-        counted = [reply for reply in replies if opens_s <= reply.ended_s < closes_s]
+        closes_s = max(closes_s, after_warm_up[MIN_MEASURED - 1].ended_s)
+        counted = [reply for reply in after_warm_up if reply.ended_s <= closes_s]
         return Saturation(
             concurrency=concurrency,
-            seconds=seconds,
-            pictures_per_s=round(len(counted) / seconds, 2),
+            seconds=round(closes_s - opens_s, 3),
+            pictures_per_s=round(len(counted) / (closes_s - opens_s), 2),
             client_cpu_ms=round(cpu_s / len(replies) * 1000, 2),
             latency=Latency.of(counted),
         )

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import http.server
 import io
+import itertools
 import json
 import os
 import re
@@ -18,10 +19,12 @@ from typing import Any
 
 import httpx
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from PIL import Image
 
 from loadtests import bench, load, worker_start
-from loadtests.client import BadReplyError, Reply
+from loadtests.client import MIN_MEASURED, ROUTE, BadReplyError, LoadClient, Reply
 from loadtests.lib.accounts import Accounts, Notes, settle
 from loadtests.lib.outcome import Outcome, judge_gauges, judge_stairs, knee
 from loadtests.process import ROOT, ServerProcess
@@ -328,6 +331,21 @@ def test_benchmark_measures_both_servers_on_the_same_pictures(image_bundle: Path
     assert all(medians["pictures_per_s"] > 0 for medians in result["medians"].values())
     # Compiled code against diffusers: the same arithmetic up to the order of additions.
     assert result["largest_pixel_difference"] <= 2
+
+
+async def test_window_stays_open_until_two_replies_have_ended_in_it() -> None:
+    asked: list[int] = []
+
+    async def answer(_: web.Request) -> web.Response:
+        asked.append(1)
+        return web.Response(body=reply().body, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_post(ROUTE, answer)
+    async with TestServer(app) as slow, LoadClient(str(slow.make_url("")), size=(8, 8)) as client:
+        found = await client.saturate(itertools.repeat({}), concurrency=1, warm_up_s=0.0, seconds=0.0)
+    assert len(asked) == found.latency.num_requests == MIN_MEASURED
+    assert found.pictures_per_s > 0
 
 
 def test_whole_picture_of_the_right_size_is_accepted() -> None:
