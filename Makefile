@@ -1,13 +1,14 @@
 # One line each over the real commands. Variables: PYTHON (the interpreter that makes the environment), VENV (where it lies),
-# ARGS (passed on to the command), MISSING (skip: test without the programs that system-packages would install). Environment variables TDM_* reach the server; PIP_* reach pip.
+# ARGS (passed on to the command), MISSING (skip: test without the programs that system-packages would install). Environment variables
+# TDM_* reach the server; PIP_* reach pip, and uv through it.
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 MISSING ?=
 
 BIN := $(VENV)/bin
-# Pip would compile what it installs on one core; what cannot be compiled are examples for other versions of Python.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-compile --constraint constraints.txt
+INSTALL := $(BIN)/python .ci/install.py
+# On all cores; what cannot be compiled are examples for other versions of Python.
 BYTECODE ?= $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 RUN := $(VENV)/.installed-run
 DEV := $(VENV)/.installed-dev
@@ -68,14 +69,14 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(RUN): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "installing what serving needs into $(VENV) (once; a few minutes)"
-	$(PIP) --editable '.[worker,embedded]'
+$(RUN): pyproject.toml constraints.txt .ci/install.py | $(BIN)/python
+	@echo "installing what serving needs into $(VENV) (once)"
+	@$(INSTALL) worker,embedded
 	@$(BYTECODE)
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+$(DEV): pyproject.toml constraints.txt .ci/install.py | $(BIN)/python
 	@echo "installing what development needs into $(VENV)"
-	$(PIP) --editable '.[worker,embedded,distill,dev]'
+	@$(INSTALL) worker,embedded,distill,dev
 	@$(BYTECODE)
 	@touch $(RUN) $@
