@@ -15,9 +15,16 @@ from server.queue.records import UnreadableJobError, load_job
 from server.store import ResultStore
 
 FILE = "job.json"
-SCHEMA = 1
+SCHEMA = 2
 # Of a record: what only an unfinished job needs, and where its key for repetition lay.
-LEFT_OUT = frozenset({"ent", "cx", "rp", "by", "ttl", "ik"})
+LEFT_OUT = frozenset({"entry", "cancel", "reply_to", "finisher", "ttl_ms", "idempotency_key"})
+NAMES_OF_SCHEMA_1 = {
+    "st": "status", "kd": "kind", "tn": "tenant", "pr": "priority", "req": "request", "fp": "fingerprint",
+    "at": "attempt", "own": "worker", "enq": "created_ms", "beg": "started_ms", "end": "finished_ms",
+    "dl": "deadline_ms", "del": "deleted_ms", "pg": "progress", "res": "outputs", "err": "error",
+    "tm": "timing", "wn": "warnings", "vs": "version", "cost": "cost_us", "tp": "traceparent",
+}  # fmt: skip
+"""What a record's fields were called then; such answers still lie in stores."""
 
 
 class ArchiveError(OSError):
@@ -88,8 +95,11 @@ def _dump(answer: Answer) -> bytes:
 def _load(job_id: str, data: bytes) -> Answer:
     try:
         content = json.loads(data)
-        if content["schema"] != SCHEMA:
+        record = dict(content["record"])
+        if content["schema"] == 1:
+            record = {NAMES_OF_SCHEMA_1.get(name, name): value for name, value in record.items()}
+        elif content["schema"] != SCHEMA:
             raise ValueError(f"schema {content['schema']!r}, {SCHEMA} expected")
-        return Answer(str(content["model"]), job_id, dict(content["record"]))
+        return Answer(str(content["model"]), job_id, record)
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableJobError(f"answer of job {job_id} in the store: {error!r}") from error

@@ -18,11 +18,13 @@ from server.job import JobStatus, OutputRef, Priority, model_tag
 from server.queue.archive import Answer
 from server.queue.clock import asked_each_time
 from server.queue.connection import connect
-from server.queue.keys import GROUP, MODELS_KEY, class_prefix, stream_of, waiting_key
+from server.queue.keys import GROUP, MODELS_KEY, ROOT, class_prefix, stream_of, waiting_key
 from server.queue.records import load_outputs
 from server.queue.scripts import script
 
 PAGE = 500
+SEEN = ("status", "attempt", "created_ms", "deadline_ms", "fingerprint", "outputs", "error", "deleted_ms")
+"""Fields of a record that `lua/look.lua` gives, in its order."""
 """Elements asked for at once: small enough that nobody notices the wait."""
 
 
@@ -140,8 +142,8 @@ class Census:
         seen.classes.update(models)
         in_flight: list[tuple[str, str]] = []
         lanes: list[tuple[str, str]] = []
-        for name in self._redis.scan_iter(match="q:{*", count=PAGE):
-            model, _, rest = name.removeprefix("q:{").partition("}:")
+        for name in self._redis.scan_iter(match=f"{ROOT}:{{*", count=PAGE):
+            model, _, rest = name.removeprefix(f"{ROOT}:{{").partition("}:")
             kind, _, rest = rest.partition(":")
             seen.classes.add(model)
             if kind == "j":
@@ -256,8 +258,7 @@ def classes_of(job_id: str, models: Iterable[str]) -> list[str]:
 def sight_of(answer: Answer) -> Sight:
     """A job that Redis does not know any more, as its answer has it."""
     fields = answer.fields
-    record = [fields.get(name) for name in ("st", "at", "enq", "dl", "fp", "res", "err", "del")]
-    return _sight(answer.id, answer.model, [*record, *(0,) * 6])
+    return _sight(answer.id, answer.model, [*(fields.get(name) for name in SEEN), *(0,) * 6])
 
 
 def _pages(items: Sequence[Any]) -> Iterator[Sequence[Any]]:

@@ -204,10 +204,10 @@ class JobQueue:
         answer = await self._archived(job_id)
         if answer is None or self._archive is None:
             return
-        catalog = f"{class_prefix(answer.model)}:l:{answer.fields['tn']}"
+        catalog = f"{class_prefix(answer.model)}:l:{answer.fields['tenant']}"
         await self._calls.command("ZREM", catalog, job_id)
-        if "del" not in answer.fields:
-            deleted = Answer(answer.model, job_id, {**answer.fields, "del": str(self.clock())})
+        if "deleted_ms" not in answer.fields:
+            deleted = Answer(answer.model, job_id, {**answer.fields, "deleted_ms": str(self.clock())})
             await asyncio.to_thread(self._archive.write, [deleted])
 
     async def listing(
@@ -308,11 +308,11 @@ class JobQueue:
         args: list[str | int] = []
         for answer in answers:
             # A record that nobody can read must not keep the others here.
-            created_ms = answer.fields.get("enq", "")
+            created_ms = answer.fields.get("created_ms", "")
             key_left_ms = (
                 (int(created_ms) if created_ms.isdecimal() else 0) + IDEMPOTENCY_TTL_MS - self.clock()
             )
-            seen = (answer.fields.get("end", ""), answer.fields.get("del", ""))
+            seen = (answer.fields.get("finished_ms", ""), answer.fields.get("deleted_ms", ""))
             args += [answer.id, *seen, min(kept_ms, key_left_ms)]
         return int(await self._call("forget", answers[0].model, *args))
 

@@ -1,6 +1,12 @@
 """Keys: names in Redis; the scripts derive theirs from a class's prefix (`lua/_names.lua`)."""
 
-MODELS_KEY = "q:models"
+SCHEMA = 2
+"""Of all keys, and of the fields of what they hold. Another schema is another set of keys: what a
+process would misunderstand it does not find."""
+ROOT = f"q:{SCHEMA}"
+FIRST_MODELS_KEY = "q:models"
+"""`MODELS_KEY` of the first schema, whose keys bore no number."""
+MODELS_KEY = f"{ROOT}:models"
 """Every class that was ever seen, with its bundle's manifest."""
 GROUP = "w"
 """The consumer group of a lane."""
@@ -8,12 +14,12 @@ GROUP = "w"
 
 def turn_key(task: str) -> str:
     """Held by the api process that does what one of them is to do."""
-    return f"q:{task}"
+    return f"{ROOT}:{task}"
 
 
 def class_prefix(model: str) -> str:
     """Prefix of every key of a class; the braces keep them in one cluster slot."""
-    return f"q:{{{model}}}"
+    return f"{ROOT}:{{{model}}}"
 
 
 def job_key(model: str, job_id: str) -> str:

@@ -24,6 +24,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from server.queue.address import FORMS, RedisAddress, parse_redis_url
 from server.queue.connection import SOCKET_TIMEOUT_S, connect
+from server.queue.keys import FIRST_MODELS_KEY
 
 MIN_REDIS = (7, 0)
 MIN_VALKEY = (8, 0)
@@ -125,6 +126,7 @@ def check_server(url: str) -> list[str]:
                 f"Redis at {address}: user {user!r} may not use {', '.join(missing[:5])}{more} "
                 f"on {KEY_PATTERN}; allow it with: ACL SETUSER {user} {acl_rules()}"
             )
+        _refuse_unfinished_jobs_of_the_first_schema(client, address)
         return _warnings(info, address)
     except RedisError as error:
         raise _explain(error, address) from None
@@ -167,6 +169,18 @@ def refuse_wrong_kind(info: dict[str, Any], address: RedisAddress) -> None:
         raise UnusableRedisError(
             f"{where} has maxmemory-policy {policy}, which drops jobs when memory is short; "
             "needed is maxmemory-policy noeviction"
+        )
+
+
+def _refuse_unfinished_jobs_of_the_first_schema(client: redis.Redis, address: RedisAddress) -> None:
+    """Jobs that were accepted and that nobody would find any more."""
+    models: Any = client.hgetall(FIRST_MODELS_KEY)
+    num_jobs = sum(int(client.zcard(f"q:{{{model}}}:live")) for model in models)
+    if num_jobs:
+        raise UnusableRedisError(
+            f"Redis at {address} holds {num_jobs} unfinished jobs of a version before 2026-12, "
+            "which this one cannot read: end the api processes, let that version's workers finish the jobs, "
+            "then start this one"
         )
 
 

@@ -233,7 +233,7 @@ def dump_error(error: JobError) -> str:
 
 
 def load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
-    """The job in hash `q:{model}:j:<job_id>` (field names: server/README.md, "Keys").
+    """The job in hash `keys.job_key` (field names: server/README.md, "Keys").
 
     Raises:
         UnreadableJobError: another version wrote it, or something is amiss with it.
@@ -247,8 +247,8 @@ def load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
 
 
 def _load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
-    request = load_request(fields["req"])
-    kind = JobKind(fields["kd"])
+    request = load_request(fields["request"])
+    kind = JobKind(fields["kind"])
     if kind is JobKind.VIDEO and not request.fps:
         raise ValueError("a video without frames per second")
     return Job(
@@ -256,23 +256,23 @@ def _load_job(model: str, job_id: str, fields: Mapping[str, str]) -> Job:
         kind=kind,
         model=model,
         request=request,
-        cost_ms=int(fields.get("cost", 0)) / 1000,
-        fingerprint=fields["fp"],
-        created_ms=int(fields["enq"]),
-        deadline_ms=int(fields["dl"]),
-        priority=Priority(fields["pr"]),
-        tenant=fields["tn"],
-        status=JobStatus(fields["st"]),
-        attempt=int(fields["at"]),
-        started_ms=int(fields["beg"]) if "beg" in fields else None,
-        finished_ms=int(fields["end"]) if "end" in fields else None,
-        progress=int(fields.get("pg", 0)),
-        outputs=load_outputs(fields.get("res", "[]")),
-        error=JobError(**json.loads(fields["err"])) if "err" in fields else None,
-        timing=json.loads(fields.get("tm", "{}")),
-        warnings=tuple(json.loads(fields.get("wn", "[]"))),
-        worker=fields.get("own"),
-        version=fields.get("vs") if int(fields["at"]) else None,  # dealt out is not yet started
-        traceparent=fields.get("tp") or None,
-        deleted_ms=int(fields["del"]) if "del" in fields else None,
+        cost_ms=int(fields.get("cost_us", 0)) / 1000,
+        fingerprint=fields["fingerprint"],
+        created_ms=int(fields["created_ms"]),
+        deadline_ms=int(fields["deadline_ms"]),
+        priority=Priority(fields["priority"]),
+        tenant=fields["tenant"],
+        status=JobStatus(fields["status"]),
+        attempt=int(fields["attempt"]),
+        started_ms=int(fields["started_ms"]) if "started_ms" in fields else None,
+        finished_ms=int(fields["finished_ms"]) if "finished_ms" in fields else None,
+        progress=int(fields.get("progress", 0)),
+        outputs=load_outputs(fields.get("outputs", "[]")),
+        error=JobError(**json.loads(fields["error"])) if "error" in fields else None,
+        timing=json.loads(fields.get("timing", "{}")),
+        warnings=tuple(json.loads(fields.get("warnings", "[]"))),
+        worker=fields.get("worker"),
+        version=fields.get("version") if int(fields["attempt"]) else None,  # dealt out is not yet started
+        traceparent=fields.get("traceparent") or None,
+        deleted_ms=int(fields["deleted_ms"]) if "deleted_ms" in fields else None,
     )

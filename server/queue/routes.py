@@ -186,7 +186,7 @@ class Routes:
             for start in range(0, len(ids), PAGE):
                 pipeline = self._redis.pipeline(transaction=False)
                 for job_id in ids[start : start + PAGE]:
-                    pipeline.hget(job_key(model, job_id), "req")
+                    pipeline.hget(job_key(model, job_id), "request")
                 for text in filter(None, pipeline.execute()):
                     with suppress(UnreadableJobError):
                         yield load_request(text)
@@ -203,7 +203,7 @@ class Routes:
 
 
 def load_route(told: Mapping[str, str]) -> Route:
-    """The route in hash `q:{model}:route` (field names: those of `Route`)."""
+    """The route in hash `q:2:{model}:route` (field names: those of `Route`)."""
     read: dict[str, Any] = {}
     for field in fields(Route):
         if (text := told.get(field.name)) is not None:

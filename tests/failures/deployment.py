@@ -85,7 +85,7 @@ class Deployment:
 
     def introduce_model(self) -> None:
         """Leave the bundle's manifest in Redis, as a worker does that was here and has gone."""
-        self.client.hset("q:models", MODEL, (self._bundle / "manifest.json").read_text())
+        self.client.hset("q:2:models", MODEL, (self._bundle / "manifest.json").read_text())
 
     def proxy(self) -> Proxy:
         """A way to Redis that the test can cut."""
@@ -100,7 +100,7 @@ class Deployment:
 
     def attempts(self, job_id: str) -> int:
         """How often the job was started."""
-        count: Any = self.client.hget(f"{PREFIX}:j:{job_id}", "at")
+        count: Any = self.client.hget(f"{PREFIX}:j:{job_id}", "attempt")
         return int(count)
 
     def latest_attempt(self, worker: Worker) -> int:
@@ -108,7 +108,7 @@ class Deployment:
         self.client.ping()  # once this is answered, so is whatever the worker sent before it stood still
         attempts = [0]
         for job_id in self.job_ids():
-            found: Any = self.client.hmget(f"{PREFIX}:j:{job_id}", "st", "own", "at")
+            found: Any = self.client.hmget(f"{PREFIX}:j:{job_id}", "status", "worker", "attempt")
             status, owner, attempt = found
             if status == "running" and f"-{worker.pid}-" in owner:
                 attempts.append(int(attempt))
@@ -128,7 +128,7 @@ class Deployment:
         """Keys of the results that Redis knows."""
         found: set[str] = set()
         for job_id in self.job_ids():
-            outputs: Any = self.client.hget(f"{PREFIX}:j:{job_id}", "res")
+            outputs: Any = self.client.hget(f"{PREFIX}:j:{job_id}", "outputs")
             found |= {output["key"] for output in json.loads(outputs or "[]")}
         return found
 

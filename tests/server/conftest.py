@@ -22,7 +22,7 @@ from server.supervisor.valkey import EmbeddedValkey, die_with_parent
 
 MODEL = "scenes"
 VERSION = "0123456789ab"
-STREAM = f"q:{{{MODEL}}}:s:{VERSION}"
+STREAM = f"q:2:{{{MODEL}}}:s:{VERSION}"
 
 T = TypeVar("T")
 

@@ -1,23 +1,30 @@
 -- catalog: have a tenant's videos listed, by their ids, which sort by age. Images are too many, and nobody lists them.
--- What is old enough to be forgotten leaves when the next one comes: a record outlives its deadline and grace by `ttl`.
+-- What is old enough to be forgotten leaves when the next one comes: a record outlives its deadline and grace by `ttl_ms`.
 local deadline_grace_ms = 60 * 1000
 
-local function catalog(id, tn, enq, dl, ttl)
-  local kept_ms = (dl - enq) + deadline_grace_ms + ttl
-  redis.call("ZREMRANGEBYLEX", catalog_key(tn), "-", string.format("(vid_%012x", math.max(0, enq - kept_ms)))
-  redis.call("ZADD", catalog_key(tn), 0, id)
-  redis.call("PEXPIRE", catalog_key(tn), kept_ms)
+local function catalog(id, tenant, created_ms, deadline_ms, ttl_ms)
+  local kept_ms = (deadline_ms - created_ms) + deadline_grace_ms + ttl_ms
+  local oldest = string.format("(vid_%012x", math.max(0, created_ms - kept_ms))
+  redis.call("ZREMRANGEBYLEX", catalog_key(tenant), "-", oldest)
+  redis.call("ZADD", catalog_key(tenant), 0, id)
+  redis.call("PEXPIRE", catalog_key(tenant), kept_ms)
 end
 
 -- accept: write a new job and let it wait.
-local function accept(id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp, cost)
-  redis.call("HSET", job_key(id), "st", "queued", "tn", tn, "pr", pr, "kd", kd, "req", req, "fp", fp, "at", 0,
-    "enq", enq, "dl", dl, "ttl", ttl, "tp", tp, "rp", rp, "cost", cost)
-  if redis.call("ZADD", live, dl, id) == 1 then redis.call("HINCRBY", pump_state, "work:live", cost) end
-  redis.call("ZADD", inflight_key(tn), dl, id)
-  wait(id, pr, enq, cost)
-  if redis.call("RPUSH", tenant_key(pr, tn), id) == 1 then take_turns(pr, tn) end
-  if kd == "video" then catalog(id, tn, enq, dl, ttl) end
+local function accept(
+  id, tenant, priority, kind, request, fingerprint, created_ms, deadline_ms, ttl_ms, traceparent, reply_to, cost_us
+)
+  redis.call(
+    "HSET", job_key(id), "status", "queued", "attempt", 0,
+    "tenant", tenant, "priority", priority, "kind", kind, "request", request, "fingerprint", fingerprint,
+    "created_ms", created_ms, "deadline_ms", deadline_ms, "ttl_ms", ttl_ms, "cost_us", cost_us,
+    "traceparent", traceparent, "reply_to", reply_to
+  )
+  if redis.call("ZADD", live, deadline_ms, id) == 1 then redis.call("HINCRBY", pump_state, "work:live", cost_us) end
+  redis.call("ZADD", inflight_key(tenant), deadline_ms, id)
+  wait(id, priority, created_ms, cost_us)
+  if redis.call("RPUSH", tenant_key(priority, tenant), id) == 1 then take_turns(priority, tenant) end
+  if kind == "video" then catalog(id, tenant, created_ms, deadline_ms, ttl_ms) end
   pump()
 end
 

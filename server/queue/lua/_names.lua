@@ -1,6 +1,7 @@
--- Names every verb uses. KEYS[1] is the prefix of the class, "q:{class}": the hash tag keeps all of its keys in
+-- Names every verb uses. KEYS[1] is the prefix of the class, "q:2:{class}": the hash tag keeps all of its keys in
 -- one cluster slot, so a script may derive the others from it. Field and key meanings: server/README.md.
 local q = KEYS[1]
+local root = string.match(q, "^(.-):{")
 local group = "w"
 local live = q .. ":live"
 local ended = q .. ":ended"
@@ -15,6 +16,10 @@ local priorities = {"high", "normal", "low"}
 local terminal = {done = true, failed = true, cancelled = true}
 
 local function job_key(id) return q .. ":j:" .. id end
+
+-- read: fields of a job's record, each false where there is none.
+local function read(id, ...) return unpack(redis.call("HMGET", job_key(id), ...)) end
+
 local function waiting_key(priority) return q .. ":n:" .. priority end
 local function turns_key(priority) return q .. ":turns:" .. priority end
 local function tenant_key(priority, tenant) return q .. ":t:" .. priority .. ":" .. tenant end

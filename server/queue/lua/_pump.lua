@@ -108,23 +108,23 @@ local function draws(plan, version, request)
   return has(offer.buckets, bucket) and has(offer.num_steps, request.num_steps)
 end
 
--- The version that gets a job, given whose turn it is.
-local function deal(plan, room, turn, counts, vs, at, req)
+-- The version that gets a job, given whose turn it is; `last`: the one it was dealt to before, if it was.
+local function deal(plan, room, turn, counts, last, attempt, request_json)
   local version = turn
-  if tonumber(at) > 0 and room[plan.base] then
+  if tonumber(attempt) > 0 and room[plan.base] then
     version = plan.base -- a worker died with it: if the next version is to blame, it must not have three of them
-  elseif vs and room[vs] and (vs == plan.base or vs == plan.next and plan.share > 0) then
-    version = vs -- handed back: it has had its turn
+  elseif last and room[last] and (last == plan.base or last == plan.next and plan.share > 0) then
+    version = last -- handed back: it has had its turn
   end
   if next(plan.offers) then
-    local request = cjson.decode(req)
+    local request = cjson.decode(request_json)
     if not draws(plan, version, request) then
       for other in pairs(room) do
         if draws(plan, other, request) then version = other end
       end
     end
   end
-  if counts and not vs and version == turn then count_turn(plan, version) end
+  if counts and not last and version == turn then count_turn(plan, version) end
   return version
 end
 
@@ -140,15 +140,15 @@ local function pump()
     if not priority then return end
     local id = redis.call("LPOP", tenant_key(priority, tenant))
     -- Else somebody has deleted its record by hand.
-    local st, cost, vs, at, req = unpack(redis.call("HMGET", job_key(id), "st", "cost", "vs", "at", plan and "req" or "at"))
-    if st == "queued" then
-      redis.call("ZADD", turns_key(priority), tag + (cost or 0), tenant)
+    local status, cost_us = read(id, "status", "cost_us")
+    if status == "queued" then
+      redis.call("ZADD", turns_key(priority), tag + (cost_us or 0), tenant)
       local version = turn
-      if plan then version = deal(plan, room, turn, counts, vs, at, req) end
+      if plan then version = deal(plan, room, turn, counts, read(id, "version", "attempt", "request")) end
       local entry = redis.call("XADD", stream_of(version), "*", "id", id)
-      redis.call("HSET", job_key(id), "ent", entry, "vs", version)
-      add_to_lane(version, cost)
-      room[version] = room[version] - (cost or 0)
+      redis.call("HSET", job_key(id), "entry", entry, "version", version)
+      add_to_lane(version, cost_us)
+      room[version] = room[version] - (cost_us or 0)
     end
   end
 end

@@ -6,22 +6,26 @@
 local version, consumer, now = ARGV[1], ARGV[2], ARGV[3]
 local settled = {}
 for i = 4, #ARGV, 5 do
-  local attempt, id, res, tm, wn = unpack(ARGV, i, i + 4)
+  local attempt, id, outputs, timing, warnings = unpack(ARGV, i, i + 4)
   local finisher = consumer .. ":" .. attempt
-  local st, by, del = unpack(redis.call("HMGET", job_key(id), "st", "by", "del"))
+  local status, its_finisher, deleted_ms = read(id, "status", "finisher", "deleted_ms")
   local verdict
-  if not st then
+  if not status then
     verdict = "unknown"
-  elseif terminal[st] then
+  elseif terminal[status] then
     verdict = "stale"
-    if by == finisher then verdict = del and st == "cancelled" and st or "ok" end -- our first reply was lost
-  elseif del then
-    redis.call("HSET", job_key(id), "by", finisher)
+    if its_finisher == finisher then -- our first reply was lost
+      verdict = deleted_ms and status == "cancelled" and status or "ok"
+    end
+  elseif deleted_ms then
+    redis.call("HSET", job_key(id), "finisher", finisher)
     finish_cancelled(id, now)
     verdict = "cancelled"
   else
-    finish(id, "done", now, {"pg", 100, "res", res, "tm", tm, "by", finisher, "vs", version})
-    if wn ~= "" then redis.call("HSET", job_key(id), "wn", wn) end
+    finish(id, "done", now, {
+      "progress", 100, "outputs", outputs, "timing", timing, "finisher", finisher, "version", version,
+    })
+    if warnings ~= "" then redis.call("HSET", job_key(id), "warnings", warnings) end
     verdict = "ok"
   end
   settled[#settled + 1] = verdict

@@ -2,12 +2,12 @@
 -- enqueue: accept a job, or say why not. Not allow-oom: a full server takes no new work.
 -- `max_work` is the most work of others with which it still makes its deadline, "" if nobody can say.
 -- -> {status, id of the job that holds the key, jobs waiting before it, work of all unfinished ones}
-local id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp, cost = unpack(ARGV, 1, 12)
+local id, tenant, _, _, _, fingerprint, created_ms = unpack(ARGV) -- and the rest of what `accept` takes, 12 in all
 local idem, idem_ttl, max_waiting, max_live, max_work = unpack(ARGV, 13, 17)
 local key = job_key(id)
-local idem_name = ":i:" .. tn .. ":" .. idem
+local idem_name = ":i:" .. tenant .. ":" .. idem
 local idem_key = q .. idem_name
-local claim_key = "q" .. idem_name -- which class has it: a tenant uses a key for one request, whatever the model
+local claim_key = root .. idem_name -- which class has it: a tenant uses a key for one request, whatever the model
 
 if redis.call("EXISTS", key) == 1 then return {"ok", id, 0, 0} end -- our reply was lost and the client asks again
 
@@ -23,20 +23,20 @@ if idem ~= "" then
     end
   end
   local holder, holder_fp, where = holder_of(idem_key)
-  local st, err = nil, nil
-  if holder then st, err = unpack(redis.call("HMGET", job_key(holder), "st", "err")) end
-  if st == "failed" and cjson.decode(err or "{}").code == "storage" then
-    st = nil -- its client was told to ask again, and is to have a new job then
+  local status, failure = nil, nil
+  if holder then status, failure = read(holder, "status", "error") end
+  if status == "failed" and cjson.decode(failure or "{}").code == "storage" then
+    status = nil -- its client was told to ask again, and is to have a new job then
   end
-  st = st or where == "archived" and where
-  if st and holder_fp ~= fp then return {"mismatch", holder, 0, 0} end
-  if st then return {"dup", holder, 0, 0} end
+  status = status or where == "archived" and where
+  if status and holder_fp ~= fingerprint then return {"mismatch", holder, 0, 0} end
+  if status then return {"dup", holder, 0, 0} end
 end
 
 if not make_room(accepting) then return {"memory", "", 0, 0} end
 
-redis.call("ZREMRANGEBYSCORE", inflight_key(tn), "-inf", enq)
-if tonumber(max_live) > 0 and redis.call("ZCARD", inflight_key(tn)) >= tonumber(max_live) then
+redis.call("ZREMRANGEBYSCORE", inflight_key(tenant), "-inf", created_ms)
+if tonumber(max_live) > 0 and redis.call("ZCARD", inflight_key(tenant)) >= tonumber(max_live) then
   return {"tenant_full", "", 0, 0}
 end
 local waiting = 0
@@ -46,9 +46,9 @@ if waiting >= tonumber(max_waiting) then return {"queue_full", "", waiting, ahea
 if max_work ~= "" and ahead > tonumber(max_work) then return {"late", "", waiting, ahead} end
 
 if idem ~= "" then
-  redis.call("SET", idem_key, id .. "|" .. fp, "PX", idem_ttl)
+  redis.call("SET", idem_key, id .. "|" .. fingerprint, "PX", idem_ttl)
   redis.call("SET", claim_key, q, "PX", idem_ttl)
 end
-accept(id, tn, pr, kd, req, fp, enq, dl, ttl, tp, rp, cost)
-if idem ~= "" then redis.call("HSET", key, "ik", idem) end
+accept(unpack(ARGV, 1, 12))
+if idem ~= "" then redis.call("HSET", key, "idempotency_key", idem) end
 return {"ok", id, waiting, ahead}

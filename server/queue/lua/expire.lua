@@ -8,8 +8,8 @@ local now, grace, limit = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]
 redis.call("ZREMRANGEBYSCORE", ended, "-inf", now) -- their records have expired
 local late = {}
 for _, id in ipairs(redis.call("ZRANGEBYSCORE", live, "-inf", now, "LIMIT", 0, limit)) do
-  local st, dl = unpack(redis.call("HMGET", job_key(id), "st", "dl"))
-  if st == "queued" or st == "running" and tonumber(dl) + grace <= now then
+  local status, deadline_ms = read(id, "status", "deadline_ms")
+  if status == "queued" or status == "running" and tonumber(deadline_ms) + grace <= now then
     finish_deadline(id, now)
     late[#late + 1] = id
   end

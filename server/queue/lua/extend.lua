@@ -5,9 +5,9 @@ local version, consumer = ARGV[1], ARGV[2]
 local verdicts = {}
 for i = 3, #ARGV, 3 do
   local entry, id, progress = ARGV[i], ARGV[i + 1], ARGV[i + 2]
-  local st, pg, cx = unpack(redis.call("HMGET", job_key(id), "st", "pg", "cx"))
+  local status, known, cancelled = read(id, "status", "progress", "cancel")
   local verdict
-  if not st or terminal[st] then
+  if not status or terminal[status] then
     verdict = "gone"
   elseif not owns(version, consumer, entry) then
     verdict = "lost"
@@ -15,8 +15,8 @@ for i = 3, #ARGV, 3 do
     -- Resets the idle time and, thanks to JUSTID, not the delivery count. Without the check above this very
     -- command would steal a reclaimed job back.
     redis.call("XCLAIM", stream_of(version), group, consumer, 0, entry, "JUSTID")
-    if st == "running" and pg ~= progress then redis.call("HSET", job_key(id), "pg", progress) end
-    verdict = cx and "cancel" or "ok"
+    if status == "running" and known ~= progress then redis.call("HSET", job_key(id), "progress", progress) end
+    verdict = cancelled and "cancel" or "ok"
   end
   verdicts[#verdicts + 1] = verdict
 end

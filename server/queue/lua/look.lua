@@ -1,9 +1,8 @@
 #!lua flags=no-writes
 -- look: all that the class holds of one job, at one moment. `tenant`, `entry` and the `lane` of the entry say where an id
 -- without a record, or with another one, was seen. -> {fields of the record, then 0 or 1 for each place it can be in}
-local id, tenant, entry, lane = unpack(ARGV)
-local st, tn, pr, at, enq, dl, fp, res, err, del, ent, vs = unpack(redis.call("HMGET", job_key(id),
-  "st", "tn", "pr", "at", "enq", "dl", "fp", "res", "err", "del", "ent", "vs"))
+local id, seen_tenant, seen_entry, seen_lane = unpack(ARGV)
+local status, tenant, priority, entry, version = read(id, "status", "tenant", "priority", "entry", "version")
 
 local function flag(found) return found and 1 or 0 end
 local function is_member(set) return redis.call("ZSCORE", set, id) end
@@ -26,11 +25,17 @@ end
 
 local waits = false
 for _, priority in ipairs(priorities) do waits = waits or is_member(waiting_key(priority)) end
-local listed = st == "queued" and not ent
-  and redis.call("LPOS", tenant_key(pr, tn), id) and redis.call("ZSCORE", turns_key(pr), tn)
-local reachable = ent and vs and in_stream(vs, ent) and (is_leased(vs, ent) or is_undelivered(vs, ent))
-local strays = entry ~= "" and (entry ~= ent or lane ~= vs) and (in_stream(lane, entry) or is_leased(lane, entry))
-return {
-  st, at, enq, dl, fp, res, err, del, flag(is_member(live)), flag(waits), flag(is_member(inflight_key(tn or tenant))),
+local listed = status == "queued" and not entry
+  and redis.call("LPOS", tenant_key(priority, tenant), id) and redis.call("ZSCORE", turns_key(priority), tenant)
+local reachable = entry and version and in_stream(version, entry)
+  and (is_leased(version, entry) or is_undelivered(version, entry))
+local strays = seen_entry ~= "" and (seen_entry ~= entry or seen_lane ~= version)
+  and (in_stream(seen_lane, seen_entry) or is_leased(seen_lane, seen_entry))
+local places = {
+  flag(is_member(live)), flag(waits), flag(is_member(inflight_key(tenant or seen_tenant))),
   flag(listed), flag(reachable), flag(strays),
 }
+local found =
+  {read(id, "status", "attempt", "created_ms", "deadline_ms", "fingerprint", "outputs", "error", "deleted_ms")}
+for _, place in ipairs(places) do found[#found + 1] = place end
+return found

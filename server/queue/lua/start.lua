@@ -6,38 +6,43 @@ local begun_any = false
 
 local function start(entry, id)
   if not owns(version, consumer, entry) then return {"lost"} end -- else a worker frozen since its read would rob the new owner
-  local key = job_key(id)
-  local st, ent, vs, own, at, dl, cx, pr, cost, beg =
-    unpack(redis.call("HMGET", key, "st", "ent", "vs", "own", "at", "dl", "cx", "pr", "cost", "beg"))
-  if not st or terminal[st] or ent ~= entry or vs ~= version then
+  local status, its_entry, its_version, worker, attempt, started_ms, deadline_ms, cancelled, priority, cost_us = read(
+    id, "status", "entry", "version", "worker", "attempt", "started_ms", "deadline_ms", "cancel", "priority", "cost_us"
+  )
+  if not status or terminal[status] or its_entry ~= entry or its_version ~= version then
     drop_entry(version, entry)
-    return {"drop", terminal[st] and st or "unknown"}
+    return {"drop", terminal[status] and status or "unknown"}
   end
-  if cx then
+  if cancelled then
     finish_cancelled(id, now)
     return {"drop", "cancelled"}
   end
-  if tonumber(now) >= tonumber(dl) then
+  if tonumber(now) >= tonumber(deadline_ms) then
     finish_deadline(id, now)
     return {"drop", "deadline"}
   end
   -- The same consumer is the same process life: it asks again because our reply was lost. Nobody died.
-  if st == "running" and own == consumer then return {"run", at, beg} end
-  if tonumber(at) >= tonumber(max_attempts) then
-    local err = error_json("poison", "the worker died in each of its " .. at .. " attempts")
-    local tn, req = unpack(redis.call("HMGET", key, "tn", "req"))
-    redis.call("XADD", dead, "MAXLEN", "~", 10000, "*", "id", id, "at", at, "err", err, "tn", tn, "pr", pr,
-      "req", req, "cost", cost or 0, "own", own or "", "end", now)
-    finish(id, "failed", now, {"err", err})
+  if status == "running" and worker == consumer then return {"run", attempt, started_ms} end
+  if tonumber(attempt) >= tonumber(max_attempts) then
+    local failure = error_json("poison", "the worker died in each of its " .. attempt .. " attempts")
+    local tenant, request = read(id, "tenant", "request")
+    redis.call(
+      "XADD", dead, "MAXLEN", "~", 10000, "*", "id", id, "attempt", attempt, "error", failure, "tenant", tenant,
+      "priority", priority, "request", request, "cost_us", cost_us or 0, "worker", worker or "", "finished_ms", now
+    )
+    finish(id, "failed", now, {"error", failure})
     return {"drop", "poison"}
   end
-  redis.call("HSET", key, "st", "running", "own", consumer, "beg", now, "at", at + 1, "pg", 0)
-  if st == "queued" then
-    wait_no_more(id, pr, cost)
-    add_to_lane(version, -(cost or 0))
+  attempt = attempt + 1
+  redis.call(
+    "HSET", job_key(id), "status", "running", "worker", consumer, "started_ms", now, "attempt", attempt, "progress", 0
+  )
+  if status == "queued" then
+    wait_no_more(id, priority, cost_us)
+    add_to_lane(version, -(cost_us or 0))
     begun_any = true
   end
-  return {"run", at + 1, now}
+  return {"run", attempt, now}
 end
 
 local replies = {}

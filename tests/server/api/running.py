@@ -73,7 +73,7 @@ class Worker:
 
     def jobs(self) -> list[Job]:
         """Every job that Redis knows."""
-        keys: Any = self.redis.keys(f"q:{{{self.queue.model}}}:j:*")
+        keys: Any = self.redis.keys(f"q:2:{{{self.queue.model}}}:j:*")
         ids = [key.rpartition(":")[2] for key in keys]
         found, _ = self.queue.look([Lease("", job_id) for job_id in ids])
         return [job for job in found if isinstance(job, Job)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from server.api.archiving import MIN_KEPT_S, archive_round
-from server.queue.archive import Archive, archive_key
+from server.queue.archive import NAMES_OF_SCHEMA_1, Archive, archive_key
 from server.settings import Settings
 from server.store import ResultStore
 from tests.server.api.running import Api, Worker, error_of, running_api
@@ -38,7 +39,7 @@ async def archive(api: Api, *, later_ms: int = HOUR_MS + 1000) -> None:
 
 
 def num_records(api: Api) -> int:
-    keys: Any = api.worker.redis.keys("q:{*}:j:*")
+    keys: Any = api.worker.redis.keys("q:2:{*}:j:*")
     return len(keys)
 
 
@@ -166,10 +167,10 @@ async def test_store_that_does_not_answer_loses_no_answer(api: Api, tmp_path: Pa
         assert "retry-after" in refused.headers
 
 
-@pytest.mark.parametrize("field", ["enq", "end", "fp", "tn", "req"])
+@pytest.mark.parametrize("field", ["created_ms", "finished_ms", "fingerprint", "tenant", "request"])
 async def test_record_that_nobody_can_read_keeps_no_other_from_moving(api: Api, field: str) -> None:
     damaged, other = (await api.draw(headers=KEY)).json(), (await api.draw()).json()
-    (key,) = api.worker.redis.keys(f"q:{{*}}:j:{damaged['id']}")
+    (key,) = api.worker.redis.keys(f"q:2:{{*}}:j:{damaged['id']}")
     api.worker.redis.hdel(key, field)
     await archive(api)
     assert num_records(api) == 0
@@ -199,6 +200,19 @@ async def test_accepted_work_is_counted_once_for_each_job(api: Api) -> None:
     assert work_s() == pytest.approx(job.cost_ms / 1000)
     assert (await api.post({"wait_s": 0, "n": 2}, headers=KEY)).json()["id"] == first.json()["id"]
     assert work_s() == pytest.approx(job.cost_ms / 1000)
+
+
+async def test_answer_that_the_first_schema_wrote_is_read(api: Api) -> None:
+    drawn = (await api.draw()).json()
+    before = (await api.client.get(f"/v1/images/{drawn['id']}")).json()
+    await archive(api)
+    content = json.loads(api.services.store.get(archive_key(drawn["id"])))
+    short = {name: old for old, name in NAMES_OF_SCHEMA_1.items()}
+    content["record"] = {short[name]: value for name, value in content["record"].items()}
+    file = json.dumps({**content, "schema": 1}).encode()
+    api.services.store.put(archive_key(drawn["id"]), file, "application/json")
+
+    assert (await api.client.get(f"/v1/images/{drawn['id']}")).json() == before
 
 
 async def test_answer_that_cannot_be_read_is_said_to_be_so(api: Api) -> None:

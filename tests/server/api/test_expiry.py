@@ -77,7 +77,7 @@ async def test_store_that_does_not_answer_is_asked_again(soon: Settings, tmp_pat
         asked = api.worker.redis
 
         async def tried() -> bool:
-            return bool(asked.exists("q:expiry"))
+            return bool(asked.exists("q:2:expiry"))
 
         await poll_async(tried)
         results.unlink()
@@ -190,7 +190,7 @@ async def test_failed_job_stays_failed(api: Api) -> None:
 
 async def test_record_is_kept_until_it_has_said_expired_and_then_unknown(api: Api) -> None:
     drawn = (await api.draw()).json()
-    end_ms, key = end_of(api), f"q:{{scenes}}:j:{drawn['id']}"
+    end_ms, key = end_of(api), f"q:2:{{scenes}}:j:{drawn['id']}"
 
     # Redis counts by its own clock: what is asked of it is the span, within what this test may take.
     left_ms = api.worker.redis.pexpiretime(key) - end_ms

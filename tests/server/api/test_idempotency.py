@@ -306,6 +306,6 @@ class TestOpenAiClient:
         retries = caught.value.request.headers["x-stainless-retry-count"]
         assert retries == "0"
         with connect(settings.redis_url) as client_:
-            assert len(client_.keys("q:{scenes}:j:*")) == 1
+            assert len(client_.keys("q:2:{scenes}:j:*")) == 1
         worker.queue.close()
         worker.redis.close()

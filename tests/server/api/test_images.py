@@ -171,7 +171,7 @@ async def test_job_of_a_size_that_its_bundle_no_longer_has_can_be_followed(api: 
     if state == "in_progress":
         await asyncio.to_thread(api.worker.start)
     rebuilt = make_manifest(buckets=["64x64"])
-    api.worker.redis.hset("q:models", "scenes", rebuilt.model_dump_json())
+    api.worker.redis.hset("q:2:models", "scenes", rebuilt.model_dump_json())
     await api.services.catalog.models(max_age_s=0.0)
 
     for method in ("GET", "DELETE"):
@@ -185,7 +185,7 @@ async def test_job_of_a_size_that_its_bundle_no_longer_has_can_be_followed(api: 
 
 
 async def test_bundle_that_was_never_measured_promises_no_time(api: Api) -> None:
-    api.worker.redis.hset("q:models", "scenes", make_manifest(latency=[]).model_dump_json())
+    api.worker.redis.hset("q:2:models", "scenes", make_manifest(latency=[]).model_dump_json())
     await api.services.catalog.models(max_age_s=0.0)
 
     accepted = await api.post({"wait_s": 0})

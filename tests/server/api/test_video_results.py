@@ -189,7 +189,7 @@ async def test_list_is_read_page_by_page_in_both_orders(
 async def test_forgotten_videos_leave_the_list(api: Api, worker: Worker) -> None:
     ids = sorted([(await make(api, worker))["id"] for _ in range(3)])
     for job_id in ids[:2]:
-        worker.redis.delete(f"q:{{clips}}:j:{job_id}")
+        worker.redis.delete(f"q:2:{{clips}}:j:{job_id}")
 
     listed = (await api.client.get("/v1/videos", params={"limit": 1, "order": "asc"})).json()
 

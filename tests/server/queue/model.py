@@ -33,7 +33,7 @@ from tests.server.conftest import MODEL, Clock, worker_info
 EXAMPLES = int(os.environ.get("QUEUE_MODEL_EXAMPLES", "100"))
 STEPS = 50
 
-PREFIX = f"q:{{{MODEL}}}"
+PREFIX = f"q:2:{{{MODEL}}}"
 MAX_WAITING = 12
 MAX_LIVE_PER_TENANT = 4
 VERSIONS = ("aaaaaaaaaaaa", "bbbbbbbbbbbb")
@@ -295,8 +295,8 @@ class QueueModel(RuleBasedStateMachine):
         answer = self.archive.read(one.job.id)
         assert answer is not None
         fields = dict(answer.fields)
-        assert ("del" in fields) == one.deleted
-        fields.pop("del", None)
+        assert ("deleted_ms" in fields) == one.deleted
+        fields.pop("deleted_ms", None)
         assert fields == {name: value for name, value in one.frozen.items() if name not in LEFT_OUT}
 
     # what must be true after every step
@@ -401,16 +401,16 @@ class QueueModel(RuleBasedStateMachine):
             if one.archived:
                 assert fields == {}
                 continue
-            assert ("del" in fields) == one.deleted
-            fields.pop("del", None)  # all that may be added to a final answer
+            assert ("deleted_ms" in fields) == one.deleted
+            fields.pop("deleted_ms", None)  # all that may be added to a final answer
             if one.frozen:
                 assert fields == one.frozen, "a final answer changed"
                 continue
-            assert (fields["st"], fields["at"]) == (one.status, str(one.attempt))
-            assert (fields.get("ent"), fields.get("own")) == (one.entry, one.worker)
+            assert (fields["status"], fields["attempt"]) == (one.status, str(one.attempt))
+            assert (fields.get("entry"), fields.get("worker")) == (one.entry, one.worker)
             if one.status is JobStatus.DONE or not one.finished:
-                assert fields.get("vs") == one.lane
-            assert ("cx" in fields, int(fields.get("pg", 0))) == (one.cancelled, one.progress)
+                assert fields.get("version") == one.lane
+            assert ("cancel" in fields, int(fields.get("progress", 0))) == (one.cancelled, one.progress)
             assert one.attempt <= MAX_ATTEMPTS
             assert (seen[f"ttl:{job_id}"] > 0) == one.finished, "only what has ended may expire"
             if one.finished:

@@ -112,7 +112,7 @@ async def test_calls_that_miss_a_script_together_load_it_once(redis_url: str, cl
     calls = Calls(connection)
     client.script_flush()
     client.config_resetstat()
-    assert set(await asyncio.gather(*(calls.verb("watch", "q:{x}", f"j{i}", "b") for i in range(200)))) == {
+    assert set(await asyncio.gather(*(calls.verb("watch", "q:2:{x}", f"j{i}", "b") for i in range(200)))) == {
         None
     }
     stats: Any = client.info("commandstats")

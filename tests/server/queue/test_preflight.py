@@ -86,6 +86,15 @@ def test_append_only_file_that_is_off_is_a_warning(server: Server, admin: redis.
     assert "appendonly off: accepted jobs are lost when it restarts" in warning
 
 
+def test_unfinished_jobs_of_the_first_schema_are_not_left_behind(server: Server, admin: redis.Redis) -> None:
+    admin.hset("q:models", mapping={"scenes": "{}", "clips": "{}"})
+    assert check_server(server.url) == []
+
+    admin.zadd("q:{clips}:live", {"vid_1": 1.0, "vid_2": 2.0})
+
+    assert "holds 2 unfinished jobs of a version before 2026-12" in refusal(server.url)
+
+
 def test_server_that_evicts_is_refused_and_one_that_would_is_a_warning(
     server: Server, admin: redis.Redis
 ) -> None:

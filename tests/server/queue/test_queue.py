@@ -321,7 +321,7 @@ async def test_idempotency_key_of_one_class_is_taken_in_all_until_its_job_is_gon
     taken = await queue.enqueue(elsewhere, idempotency_key="k")
     assert (taken.status, taken.job_id) == (EnqueueStatus.MISMATCH, first.id)
 
-    client.delete(f"q:{{{MODEL}}}:j:{first.id}")
+    client.delete(f"q:2:{{{MODEL}}}:j:{first.id}")
     moved = await queue.enqueue(elsewhere, idempotency_key="k")
     assert (moved.status, moved.job_id) == (EnqueueStatus.OK, elsewhere.id)
     assert (await queue.enqueue(new(), idempotency_key="k")).status is EnqueueStatus.MISMATCH
@@ -342,11 +342,16 @@ async def test_nothing_but_the_record_and_the_replies_outlive_a_job(
     job = new()
     await queue.enqueue(job, idempotency_key="k")
     worker.complete(start_one(worker, lease_one(worker)), [], {})
-    left = all_keys(client) - before - {"q:models"}
-    claims = {key for key in left if key.startswith("q:i:")}  # of a tenant, not of a class
+    left = all_keys(client) - before - {"q:2:models"}
+    claims = {key for key in left if key.startswith("q:2:i:")}  # of a tenant, not of a class
     assert len(claims) == 1
-    assert all(key.startswith(f"q:{{{MODEL}}}:") for key in left - claims)
-    assert {key.split(":")[2] for key in left - claims} == {"j", "i", "r", "ended"}
+    assert all(key.startswith(f"q:2:{{{MODEL}}}:") for key in left - claims)
+    assert {key.removeprefix(f"q:2:{{{MODEL}}}:").partition(":")[0] for key in left - claims} == {
+        "j",
+        "i",
+        "r",
+        "ended",
+    }
     assert all(0 < client.pttl(key) <= 86_400_000 for key in left)
     assert client.xlen(STREAM) == 0
     assert client.xpending(STREAM, "w")["pending"] == 0
@@ -410,7 +415,7 @@ async def test_lost_reply_is_found_by_the_sweep(
     await queue.enqueue(job)
     waiter = asyncio.create_task(queue.wait(job.id, 60))
     await queue.wait(job.id, 0.05)
-    client.hset(f"q:{{{MODEL}}}:j:{job.id}", "rp", "")  # nobody will be told
+    client.hset(f"q:2:{{{MODEL}}}:j:{job.id}", "reply_to", "")  # nobody will be told
     worker = make_worker()
     worker.complete(start_one(worker, lease_one(worker)), [OUTPUT], {})
     await queue.sweep()

@@ -452,9 +452,9 @@ class QueueMachine(QueueModel):
                     assert queue.complete(started.job, [], {}) is Settled.OK
         here = {job_id: one for job_id, one in self.by_id.items() if not one.archived}
         for job_id, one in here.items():
-            status: Any = self.redis.hget(f"{PREFIX}:j:{job_id}", "st")
+            status: Any = self.redis.hget(f"{PREFIX}:j:{job_id}", "status")
             assert status in TERMINAL, f"{job_id} is never given to a worker"
-            assert not one.frozen or status == one.frozen["st"]
+            assert not one.frozen or status == one.frozen["status"]
         self.clock.now_ms += WORKER_TTL_MS
         about = worker_info(worker, max_batch=3, version=queue.version)
         queue.beat(about, "{}")  # forgets the dead
@@ -462,10 +462,10 @@ class QueueMachine(QueueModel):
         queue.leave()
         names: Any = self.redis.keys()
         lasting = tuple(f"{PREFIX}:{kind}" for kind in ("j:", "i:", "l:", "r:", "dead", "ended", "turns:"))
-        kept = {name for name in names if name.startswith((*lasting, "q:i:"))}
+        kept = {name for name in names if name.startswith((*lasting, "q:2:i:"))}
         stream = stream_of(MODEL, queue.version)
         bundle = {f"{PREFIX}:{kind}" for kind in ("pump", "lanes", "route", "m")}
-        assert set(names) - kept <= {"q:models", stream, *bundle}, "something leaks"
+        assert set(names) - kept <= {"q:2:models", stream, *bundle}, "something leaks"
         assert len(self.redis.keys(f"{PREFIX}:j:*")) == len(here)
         assert self.redis.xlen(stream) == 0
         assert self.redis.xpending(stream, "w")["pending"] == 0

@@ -59,8 +59,9 @@ def test_request_that_is_none_is_unreadable(text: str) -> None:
 
 
 def record(**changed: str) -> dict[str, str]:
-    plain = {"st": "queued", "kd": "image", "tn": "public", "pr": "normal", "fp": "f", "at": "0"}
-    return {**plain, "enq": "1", "dl": "2", "req": dump_request(PICTURE), **changed}
+    about = {"kind": "image", "tenant": "public", "priority": "normal", "fingerprint": "f"}
+    times = {"created_ms": "1", "deadline_ms": "2"}
+    return {**about, **times, "status": "queued", "attempt": "0", "request": dump_request(PICTURE), **changed}
 
 
 def test_record_is_read_into_a_job() -> None:
@@ -70,7 +71,7 @@ def test_record_is_read_into_a_job() -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"req": "{}"}, {"pr": "urgent"}, {"st": "lost"}, {"enq": "now"}, {"kd": "video"}],
+    [{"request": "{}"}, {"priority": "urgent"}, {"status": "lost"}, {"created_ms": "now"}, {"kind": "video"}],
     ids=str,
 )
 def test_record_that_cannot_be_read_names_its_job(changed: dict[str, str]) -> None:

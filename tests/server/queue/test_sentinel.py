@@ -103,7 +103,7 @@ async def test_api_and_worker_go_on_after_the_primary_is_killed(
         assert started is not None
         with connect(ensemble.replica.url.replace("unix://", f"unix://:{PASSWORD}@")) as replica:
             # Replication is asynchronous: what had not arrived would be lost, and nobody could tell.
-            poll(lambda: replica.hget(f"q:{{{MODEL}}}:j:{before.id}", "st") == "running")
+            poll(lambda: replica.hget(f"q:2:{{{MODEL}}}:j:{before.id}", "status") == "running")
 
         ensemble.primary.kill()
         ensemble.sentinels[0].kill()  # the one in front of the list: the others are asked

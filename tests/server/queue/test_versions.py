@@ -20,7 +20,7 @@ from tests.server.conftest import MODEL, Clock, let_leases_lapse, worker_info
 from tests.server.manifests import make_manifest
 
 OLD, NEW, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb", "cccccccccccc"
-LANES = f"q:{{{MODEL}}}:lanes"
+LANES = f"q:2:{{{MODEL}}}:lanes"
 
 NewJob = Callable[..., Job]
 MakeWorker = Callable[..., WorkerQueue]

@@ -38,5 +38,5 @@ def all_keys(client: redis.Redis) -> set[str]:
 
 
 def dead_letters(client: redis.Redis) -> list[dict[str, str]]:
-    entries: Any = client.xrange(f"q:{{{MODEL}}}:dead")
+    entries: Any = client.xrange(f"q:2:{{{MODEL}}}:dead")
     return [letter for _, letter in entries]

@@ -24,7 +24,7 @@ NewJob = Callable[..., Job]
 MakeWorker = Callable[..., WorkerQueue]
 Look = Callable[..., Report]
 
-PREFIX = f"q:{{{MODEL}}}"
+PREFIX = f"q:2:{{{MODEL}}}"
 DATA = b"pixels"
 TTL_S = 86_400
 
@@ -367,7 +367,7 @@ async def test_unfinished_job_that_is_not_counted_is_named(
 
 async def test_job_started_too_often_is_named(look: Look, finish: Callable, client: redis.Redis) -> None:
     job = await finish()
-    client.hset(f"{PREFIX}:j:{job.id}", "at", 4)
+    client.hset(f"{PREFIX}:j:{job.id}", "attempt", 4)
     assert codes(look()) == [(Code.ATTEMPTS, job.id)]
 
 

@@ -223,12 +223,12 @@ async def test_request_that_cannot_be_read_fails_and_the_next_is_served(
     broken, fine = job_of("a"), job_of("b")
     await enqueue(queue, broken, fine)
     client = connect(settings.redis_url)
-    key = f"q:{{{broken.model}}}:j:{broken.id}"
-    client.hset(key, "req", str(client.hget(key, "req")).replace('"height":64', '"height":"tall"'))
+    key = f"q:2:{{{broken.model}}}:j:{broken.id}"
+    client.hset(key, "request", str(client.hget(key, "request")).replace('"height":64', '"height":"tall"'))
     start_worker()
     assert (await ended(queue, fine)).status is JobStatus.DONE
-    poll(lambda: client.hget(key, "st") == "failed")
-    error = json.loads(str(client.hget(key, "err")))
+    poll(lambda: client.hget(key, "status") == "failed")
+    error = json.loads(str(client.hget(key, "error")))
     assert error["code"] == "invalid_request"
     assert "tall" in error["message"]
     client.close()
@@ -240,12 +240,12 @@ async def test_record_of_another_version_fails_that_job_and_the_next_is_served(
     strange, fine = job_of("a"), job_of("b")
     await enqueue(queue, strange, fine)
     client = connect(settings.redis_url)
-    key = f"q:{{{strange.model}}}:j:{strange.id}"
-    client.hset(key, "pr", "urgent")  # a priority that some newer api knows
+    key = f"q:2:{{{strange.model}}}:j:{strange.id}"
+    client.hset(key, "priority", "urgent")  # a priority that some newer api knows
     start_worker()
     assert (await ended(queue, fine)).status is JobStatus.DONE
-    poll(lambda: client.hget(key, "st") == "failed")
-    assert "urgent" in str(client.hget(key, "err"))
+    poll(lambda: client.hget(key, "status") == "failed")
+    assert "urgent" in str(client.hget(key, "error"))
     client.close()
 
 
