@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     data_dir: Path = Path("data")
     """Where the embedded Valkey, built bundles and results live."""
     bundles: str = ""
-    """Bundle directories, or directories of bundles, separated by commas; empty serves the demo student."""
+    """Bundle directories, or directories of bundles, separated by commas; empty serves the demo students."""
     bundle_key_file: Path | None = None
     """File with the key that bundles must be signed with (`python -m engines sign`); empty takes any bundle.
     Those of the demo students are built and signed with it."""
@@ -132,7 +132,7 @@ class Settings(BaseSettings):
 
     @property
     def bundle_paths(self) -> list[Path]:
-        """`bundles` as absolute paths; empty when the demo student is meant."""
+        """`bundles` as absolute paths; empty when the demo students are meant."""
         return [Path(part).expanduser().resolve() for part in self.bundles.split(",") if part]
 
     @property

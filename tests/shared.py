@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
+from server.supervisor.bundles import shipped_student
+from tests.engines.tiny import make_tiny_checkpoint
 
 
 def once_per_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -59,15 +60,19 @@ def compile_bundle(student: Path, out: Path) -> None:
     _build(student, out, *options)
 
 
-def compiled_video_bundle(factory: pytest.TempPathFactory) -> Path:
-    """The same of one that draws clips of 9 frames."""
+def clips_bundle(factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the shipped student for clips, built as `up` builds it."""
 
     def make(folder: Path) -> None:
-        compile_bundle(make_tiny_cogvideox(folder / "student"), folder / "bundle")
+        options = ("--out", str(folder / "clips"), "--if-needed", "--jobs", "1")
+        _engines("build", str(shipped_student("clips")), *options)
 
-    return once_per_run(factory, "video", make) / "bundle"
+    return once_per_run(factory, "clips", make) / "clips"
 
 
 def _build(student: Path, out: Path, *options: str) -> None:
-    command = ["build", str(student), "--out", str(out), *options, "--batches", "1,2,4"]
+    _engines("build", str(student), "--out", str(out), *options, "--batches", "1,2,4")
+
+
+def _engines(*command: str) -> None:
     subprocess.run([sys.executable, "-m", "engines", *command], check=True, timeout=900)

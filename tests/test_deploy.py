@@ -18,7 +18,7 @@ import yaml
 
 from server.metrics import AVAILABILITY_TARGET, OBJECTIVES, Metrics
 from server.settings import Settings
-from server.supervisor.bundles import shipped_students
+from server.supervisor.bundles import SHIPPED, shipped_student
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -175,7 +175,7 @@ def test_grafana_finds_prometheus_and_the_dashboard(compose: dict[str, Any]) -> 
 
 def test_every_shipped_student_is_built_and_served(compose: dict[str, Any]) -> None:
     services = compose["services"].values()
-    shipped = {str(student.relative_to(ROOT)) for student in shipped_students()}
+    shipped = {str(shipped_student(name).relative_to(ROOT)) for name in SHIPPED}
     built = {
         service["command"][1]: service["command"][3]
         for service in services

@@ -32,7 +32,7 @@ from server.api.errors import all_errors
 from tests.e2e.system import System, running
 from tests.ports import reserve_port
 from tests.server.conftest import poll
-from tests.shared import compiled_bundle, compiled_video_bundle, tiny_bundle
+from tests.shared import clips_bundle, compiled_bundle, tiny_bundle
 
 # Client errors that one client alone cannot bring about; the server's own tests do.
 NOT_IN_SMOKE = {
@@ -61,8 +61,8 @@ def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def video_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of one that draws clips."""
-    return compiled_video_bundle(tmp_path_factory)
+    """The bundle of the shipped student for clips."""
+    return clips_bundle(tmp_path_factory)
 
 
 @pytest.fixture

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import av
 import psutil
 import pytest
 from PIL import Image
 
 from server.settings import Settings
+from tests.shared import clips_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -155,10 +157,12 @@ def pixels_of(path: Path) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_new_user_serves_asks_for_a_picture_and_stops(
-    checkout: Path, user_environment: dict[str, str], tmp_path: Path
+def test_new_user_serves_asks_for_a_picture_and_a_clip_and_stops(
+    checkout: Path, user_environment: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     settings = {"TDM_PORT": "0", "TDM_METRICS_PORT": "0", "TDM_DATA_DIR": str(tmp_path / "data")}
+    # As if an earlier start had been interrupted there: this run has compiled the student for clips before.
+    shutil.copytree(clips_bundle(tmp_path_factory) / "engines", tmp_path / "data/bundles/clips/engines")
     with shell(block_with("sh", "make serve"), checkout, user_environment | settings) as server:
         address = server.wait_for(r"^ready: (http://\S+)", READY_TIMEOUT_S).group(1)
 
@@ -172,6 +176,14 @@ def test_new_user_serves_asks_for_a_picture_and_stops(
         script = block_with("python", "openai").replace(ADDRESS, address)
         output(sys.executable, "-c", script, cwd=by_client, env=user_environment)
         assert pixels_of(by_client / "sphere.png") == pixels_of(by_curl / "sphere.png")
+
+        server.wait_for(r"^ready: \S+ \(models clips, scenes", READY_TIMEOUT_S)
+        clip = block_with("python", "client.videos")
+        output(sys.executable, "-c", f"{script}\n{clip}", cwd=by_client, env=user_environment)
+        with av.open(str(by_client / "clip.mp4"), "r") as file:
+            frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        assert len(frames) == 9
+        assert (frames[0] != frames[-1]).any()
 
         server.interrupt()
         server.process.wait(timeout=STOP_TIMEOUT_S)

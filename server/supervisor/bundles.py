@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 
 from engines.bundle.manifest import Manifest, read_manifest
 from engines.bundle.platform import list_gpus
@@ -19,43 +20,53 @@ from server.supervisor.report import EXIT_FAILURE, LaunchError, say
 
 MAX_CPU_WORKERS = 4
 KINDS = tuple(JobKind)
-SHIPPED = "demo/checkpoints"
-STUDENT_SUFFIX = "-student"
+SHIPPED = {"scenes": JobKind.IMAGE, "clips": JobKind.VIDEO}
+"""Students that come with the package, in the order in which they are built, and what they draw."""
 
 
 async def prepare_bundles(settings: Settings) -> list[Path]:
-    """The bundles to serve. With none set: the shipped students', built now unless ones that fit are there.
+    """The bundles to begin with. With none set: the first shipped student's, built now unless it is there.
 
     Raises:
-        LaunchError: TDM_BUNDLES names something else than bundles, or a build failed.
+        LaunchError: TDM_BUNDLES names something else than bundles, or the build failed.
     """
     if settings.bundle_paths:
         return find_bundles(settings.bundle_paths)
-    built = settings.data_dir.resolve() / "bundles"
-    return [
-        await _build_bundle(
-            student, built / student.name.removesuffix(STUDENT_SUFFIX), settings.bundle_key_file
-        )
-        for student in shipped_students()
-    ]
+    return [await _build_bundle(settings, next(iter(SHIPPED)))]
 
 
-def shipped_students() -> list[Path]:
-    """Directories of the students that come with the package."""
-    return sorted(Path(str(files("engines"))).glob(f"{SHIPPED}/*{STUDENT_SUFFIX}"))
+async def prepare_more_bundles(settings: Settings) -> AsyncIterator[Path]:
+    """Those of the other shipped students, each once it is built. One that cannot be is told of."""
+    for name in list(SHIPPED)[1:] if not settings.bundle_paths else ():
+        try:
+            # One core: the others are drawing by now.
+            yield await _build_bundle(settings, name, "--jobs", "1")
+        except LaunchError as error:
+            say(f"error: {error}; {name} is not served", file=sys.stderr)
 
 
-async def _build_bundle(student: Path, bundle: Path, key_file: Path | None) -> Path:
+def shipped_student(name: str) -> Path:
+    """Directory of a student that comes with the package."""
+    return Path(str(files("engines"))) / "demo" / "checkpoints" / f"{name}-student"
+
+
+def shipped_bundles(settings: Settings) -> dict[Path, JobKind]:
+    """Where the bundles of the shipped students are, or will be; none if others were set."""
+    return {} if settings.bundle_paths else {_built(settings, name): kind for name, kind in SHIPPED.items()}
+
+
+def _built(settings: Settings, name: str) -> Path:
+    return settings.data_dir.resolve() / "bundles" / name
+
+
+async def _build_bundle(settings: Settings, name: str, *options: str) -> Path:
+    bundle, key_file = _built(settings, name), settings.bundle_key_file
     signing = [] if key_file is None else ["--key-file", str(key_file)]
-    build = Child(
-        "engines build",
-        ["-m", "engines", "build", str(student), "--out", str(bundle), "--if-needed", *signing],
-        child_environment(),
-        report=say,
-    )
+    command = ["build", str(shipped_student(name)), "--out", str(bundle), "--if-needed", *options, *signing]
+    build = Child("engines build", ["-m", "engines", *command], child_environment(), report=say)
     status = await build.run_once()
     if status != 0:
-        raise LaunchError(f"the bundle of {student.name} was not built: status {status}", EXIT_FAILURE)
+        raise LaunchError(f"the bundle of {name} was not built: status {status}", EXIT_FAILURE)
     return bundle
 
 
@@ -74,9 +85,16 @@ def find_bundles(paths: Sequence[Path]) -> list[Path]:
     return bundles
 
 
-def plan_posts(settings: Settings, bundles: Sequence[Path]) -> dict[str, Post]:
+def plan_posts(
+    settings: Settings, bundles: Sequence[Path], beside: Mapping[Path, JobKind] = MappingProxyType({})
+) -> dict[str, Post]:
     """What each model is served with: a bundle for each of its workers. One whose manifest cannot be read is
     told of, and keeps no other from being served.
+
+    Args:
+        settings: of the `up`.
+        bundles: to serve now.
+        beside: what CPUs serve as well, before or later: it gets its share of TDM_WORKERS, but no post.
 
     Raises:
         LaunchError: no bundle's manifest can be read, or two different bundles have one name.
@@ -105,7 +123,8 @@ def plan_posts(settings: Settings, bundles: Sequence[Path]) -> dict[str, Post]:
     seats: list[tuple[Path, str]] = []
     if kinds["cpu"]:
         num_cores = len(os.sched_getaffinity(0))
-        seats += [(bundle, "") for bundle in deal(kinds["cpu"], settings.workers, num_cores)]
+        dealt_all = deal({**beside, **kinds["cpu"]}, settings.workers, num_cores)
+        seats += [(bundle, "") for bundle in dealt_all if bundle in kinds["cpu"]]
     seats += deal_gpus(kinds["cuda"], settings.workers, gpus)
     dealt: dict[str, list[tuple[Path, str]]] = {}
     for bundle, gpu in seats:

@@ -125,7 +125,7 @@ class Fleet:
             swap_timeout_s: how long a new version may take until its workers are ready.
             report: takes one line for the operator.
         """
-        self._posts = posts
+        self._posts = dict(posts)
         self._routes = routes
         self._hire = hire
         self._swap_timeout_s = swap_timeout_s
@@ -154,22 +154,38 @@ class Fleet:
         Raises:
             QueueError: Redis does not answer.
         """
-        for model, post in self._posts.items():
-            await self._bury_the_dead(model)
-            told = await _aside(self._routes.get, model)
-            route = self._settle(model, post, told)
-            if route != told:
-                await _aside(self._routes.put, model, route)
-                route = replace(route, rev=route.rev + 1)
-            self._known[model] = route
-            self._begin(model, route.base, self._bundles(model, route))
+        for model, post in list(self._posts.items()):
+            await self._serve(model, post)
+
+    async def add(self, posts: Mapping[str, Post]) -> None:
+        """Start the workers of further models; waits until Redis answers."""
+        for model, post in posts.items():
+            self._posts[model] = post
+            self._crews[model] = {}
+            while True:
+                try:
+                    await self._serve(model, post)
+                    break
+                except QueueError as error:
+                    self._report(f"{model} is not served yet: {error}")
+                    await asyncio.sleep(SUPERVISE_S)
+
+    async def _serve(self, model: str, post: Post) -> None:
+        await self._bury_the_dead(model)
+        told = await _aside(self._routes.get, model)
+        route = self._settle(model, post, told)
+        if route != told:
+            await _aside(self._routes.put, model, route)
+            route = replace(route, rev=route.rev + 1)
+        self._known[model] = route
+        self._begin(model, route.base, self._bundles(model, route))
 
     async def run(self) -> None:
         """Keep what runs in line with the routes; returns when no worker of any base is left."""
         while self._is_anything_left():
             try:
                 await self._say_that_we_live()
-                for model in self._posts:
+                for model in list(self._known):
                     await self._tend(model)
                 self._silent = False
             except QueueError as error:
@@ -200,7 +216,7 @@ class Fleet:
         crews = [crew for crews in self._crews.values() for crew in crews.values()]
         await asyncio.gather(*(crew.leaving or crew.leave() for crew in crews))
         try:
-            for model in self._posts:
+            for model in self._known:
                 await _aside(self._routes.leave, model, self._name)
         except QueueError:
             pass  # then it will be forgotten in a few seconds
@@ -253,7 +269,7 @@ class Fleet:
 
     async def _say_that_we_live(self) -> None:
         if time.monotonic() >= self._next_word:
-            for model in self._posts:
+            for model in list(self._known):
                 await _aside(self._routes.supervise, model, self._name)
             self._next_word = time.monotonic() + SUPERVISE_S
 

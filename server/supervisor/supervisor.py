@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from server.queue.errors import QueueError
 from server.queue.routes import Routes
 from server.settings import Settings, child_environment
-from server.supervisor.bundles import plan_posts, prepare_bundles
+from server.supervisor.bundles import plan_posts, prepare_bundles, prepare_more_bundles, shipped_bundles
 from server.supervisor.child import FIRST_BACKOFF_S, Child
 from server.supervisor.fleet import Fleet
 from server.supervisor.ready import announce
@@ -67,7 +67,7 @@ async def _supervise(settings: Settings, listener: socket.socket) -> int:
     async with _redis(settings) as redis_url:
         api = plan_api(settings, redis_url, listener)
         fleet = Fleet(
-            plan_posts(settings, bundles),
+            plan_posts(settings, bundles, shipped_bundles(settings)),
             Routes(redis_url),
             partial(hire, settings, redis_url),
             swap_timeout_s=settings.swap_timeout_s,
@@ -79,7 +79,7 @@ async def _supervise(settings: Settings, listener: socket.socket) -> int:
         except QueueError as error:
             raise LaunchError(f"Redis: {error}", EXIT_FAILURE) from error
         tending = asyncio.create_task(fleet.run())
-        announcing = asyncio.create_task(_announce(listener, api, fleet))
+        announcing = asyncio.create_task(_announce_all(settings, listener, api, fleet))
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({stopped, serving, tending}, return_when=asyncio.FIRST_COMPLETED)
         for task in (announcing, stopped, tending):
@@ -193,6 +193,19 @@ async def _keep_alive(valkey: EmbeddedValkey) -> None:
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, VALKEY_MAX_BACKOFF_S)
         say("valkey is back")
+
+
+async def _announce_all(settings: Settings, listener: socket.socket, api: Child, fleet: Fleet) -> None:
+    """Say that the system is ready, and again with each model that comes later."""
+    await _announce(listener, api, fleet)
+    async for bundle in prepare_more_bundles(settings):
+        try:
+            posts = plan_posts(settings, [bundle], shipped_bundles(settings))
+        except LaunchError as error:
+            say(f"error: {error}; it is not served", file=sys.stderr)
+            continue
+        await fleet.add(posts)
+        await _announce(listener, api, fleet)
 
 
 async def _announce(listener: socket.socket, api: Child, fleet: Fleet) -> None:

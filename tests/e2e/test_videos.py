@@ -19,7 +19,7 @@ from server.worker.packing import read_provenance
 from tests.e2e.system import TIMEOUT_S, System, poll, running
 from tests.e2e.test_examples import EXAMPLES, pixels_of, run
 from tests.e2e.test_page import Page, needs_browser, open_page
-from tests.shared import compiled_video_bundle
+from tests.shared import clips_bundle
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 
@@ -44,8 +44,8 @@ return new Set(new Uint32Array(context.getImageData(0, 0, 32, 32).data.buffer)).
 
 @pytest.fixture(scope="module")
 def system(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """A system that serves the tiny image model and a tiny one for clips of 9 frames, each by a worker."""
-    bundles = f"{bundle},{compiled_video_bundle(tmp_path_factory)}"
+    """A system that serves the tiny image model and the shipped one for clips, each by a worker."""
+    bundles = f"{bundle},{clips_bundle(tmp_path_factory)}"
     with running(System(tmp_path_factory.mktemp("videos"), bundles, workers=2)) as system:
         yield system
 
@@ -64,8 +64,8 @@ def page(system: System, tmp_path: Path) -> Iterator[Page]:
 
 def test_openais_client_gets_a_clip_that_players_understand(client: openai.OpenAI) -> None:
     video = client.videos.create_and_poll(
-        prompt="a red cube moves left",
-        model="tiny-cogvideox",
+        prompt="a red cube moving left",
+        model="clips",
         seconds="1",  # type: ignore[arg-type] # it sends any string
         size="32x32",  # type: ignore[arg-type]
         extra_body={"seed": 7, "steps": 2},
@@ -84,7 +84,7 @@ def test_openais_client_gets_a_clip_that_players_understand(client: openai.OpenA
     assert order.index(b"moov") < order.index(b"mdat")
     provenance = read_provenance(content)
     assert provenance is not None
-    assert (provenance.model, provenance.seed, provenance.num_steps) == ("tiny-cogvideox", 7, 2)
+    assert (provenance.model, provenance.seed, provenance.num_steps) == ("clips", 7, 2)
 
     thumbnail, sheet = [
         Image.open(io.BytesIO(client.videos.download_content(video.id, variant=variant).read()))
@@ -92,7 +92,7 @@ def test_openais_client_gets_a_clip_that_players_understand(client: openai.OpenA
     ]
     assert (thumbnail.format, thumbnail.size) == ("WEBP", (32, 32))
     assert (sheet.format, sheet.size) == ("JPEG", (96, 96))
-    remix = client.videos.remix(video.id, prompt="a blue cube moves right")
+    remix = client.videos.remix(video.id, prompt="a blue cube moving right")
     assert client.videos.poll(remix.id).status == "completed"
     assert client.videos.retrieve(remix.id).remixed_from_video_id == video.id
 
@@ -127,7 +127,7 @@ def test_example_shows_the_progress_of_a_clip(system: System, tmp_path: Path) ->
 
 
 def test_both_kinds_are_served_side_by_side(client: openai.OpenAI) -> None:
-    assert {model.id for model in client.models.list()} == {"tiny", "tiny-cogvideox"}
+    assert {model.id for model in client.models.list()} == {"tiny", "clips"}
     with pytest.raises(openai.UnprocessableEntityError) as wrong:
         client.videos.create(prompt="a red cube", model="tiny")
     assert (wrong.value.code, wrong.value.param) == ("wrong_kind", "model")
@@ -137,14 +137,14 @@ def test_both_kinds_are_served_side_by_side(client: openai.OpenAI) -> None:
 @needs_browser
 def test_page_makes_a_clip_and_plays_it(page: Page) -> None:
     poll(lambda: page.find("#status").get_attribute("data-state") == "ready")
-    page.choose("model", "tiny-cogvideox")
-    page.draw("a red cube moves left")
+    page.choose("model", "clips")
+    page.draw("a red cube moving left")
     page.wait_for_state("done")
 
     video = poll(lambda: page.browser.execute_script(VIDEO))
     assert video == {"width": 32, "height": 32, "duration": 9 / 8, "controls": True, "error": None}
     assert poll(lambda: page.browser.execute_script(HAS_PIXELS))
-    assert page.find("#used-model").text == "tiny-cogvideox"
+    assert page.find("#used-model").text == "clips"
     assert page.find("#used-seed").text.isdigit()
     assert str(page.find("#download").get_attribute("download")).endswith(".mp4")
     assert not page.find("#count").is_displayed()

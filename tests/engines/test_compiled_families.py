@@ -12,7 +12,7 @@ from engines.bundle.manifest import read_manifest
 from engines.bundle.stages import Backend
 from engines.runtime.pipeline import Pipeline, Sample
 from tests.engines.tiny import make_tiny_sdxl
-from tests.shared import compile_bundle, compiled_video_bundle
+from tests.shared import clips_bundle, compile_bundle
 
 # The compiler takes minutes on a busy machine.
 pytestmark = pytest.mark.timeout(1800)
@@ -29,7 +29,7 @@ def compiled_sdxl_bundle(factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
-BUNDLES = {"sdxl": compiled_sdxl_bundle, "cogvideox": compiled_video_bundle}
+BUNDLES = {"sdxl": compiled_sdxl_bundle, "cogvideox": clips_bundle}
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_compiled_bundle_draws_what_eager_draws(
     assert (manifest.family, manifest.eager_only, check_platform(manifest)) == (family, None, [])
     assert manifest.fps == (8 if family == "cogvideox" else None)
     assert {(row.stage, row.batch) for row in manifest.parity} == {
-        (stage, batch) for stage in ("text", "denoise", "decode") for batch in (1, 2, 4)
+        (stage, batch) for stage in ("text", "denoise", "decode") for batch in manifest.batch_sizes
     }
 
     bucket = manifest.buckets[0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -38,8 +39,10 @@ def bundle(tmp_path: Path) -> Callable[[str], Path]:
     return make
 
 
-async def start(routes: Routes, own: Path, *, version: str = OWN) -> tuple[list[tuple[Path, int]], str]:
-    """Start a fleet of two workers; what it hired, and what it said."""
+async def start(
+    routes: Routes, own: Path, *, version: str = OWN, later: Mapping[str, Post] = MappingProxyType({})
+) -> tuple[list[tuple[Path, int]], str]:
+    """Start a fleet of two workers, and then those of models that come later; what it hired, what it said."""
     hired: list[tuple[Path, int]] = []
     said: list[str] = []
 
@@ -51,6 +54,9 @@ async def start(routes: Routes, own: Path, *, version: str = OWN) -> tuple[list[
     post = Post(manifest=make_manifest(MODEL, version=version), bundles=[own, own])
     fleet = Fleet({MODEL: post}, routes, hire, swap_timeout_s=60, report=said.append)
     await fleet.start()
+    if later:
+        await fleet.add(later)
+        assert len(fleet.workers) == len(hired)
     return hired, " ".join(said)
 
 
@@ -70,6 +76,16 @@ async def test_first_start_decides_on_what_it_is_set_up_with(
     assert routes.get(MODEL) == Route(rev=1, base=OWN, base_bundle=str(own), configured=OWN)
     await start(routes, own)
     assert routes.get(MODEL).rev == 1  # nothing new was decided
+
+
+async def test_model_that_comes_later_gets_workers_of_its_own(
+    routes: Routes, bundle: Callable[[str], Path]
+) -> None:
+    own, other = bundle(OWN), bundle(FORMER)
+    clips = Post(manifest=make_manifest("clips", version=FORMER), bundles=[other])
+    hired, _ = await start(routes, own, later={"clips": clips})
+    assert hired == [(own, 0), (own, 1), (other, 2)]
+    assert routes.get("clips").base_bundle == str(other)
 
 
 async def test_swapped_in_version_outlasts_a_restart(routes: Routes, bundle: Callable[[str], Path]) -> None:

@@ -24,6 +24,8 @@ from server.supervisor.bundles import (
     deal_gpus,
     find_bundles,
     plan_posts,
+    shipped_bundles,
+    shipped_student,
 )
 from server.supervisor.ready import describe_ready, url_of
 from server.supervisor.report import LaunchError, say
@@ -200,6 +202,27 @@ def test_every_bundle_gets_a_worker(tmp_path: Path) -> None:
     assert {name: post.bundles for name, post in posts.items()} == {
         bundle.name: [bundle] for bundle in bundles
     }
+
+
+@pytest.mark.parametrize(("num_workers", "expected"), [(1, "a b"), (2, "a b"), (3, "aa b"), (5, "aaa bb")])
+def test_model_that_comes_later_has_its_share_kept_for_it(
+    tmp_path: Path, num_workers: int, expected: str
+) -> None:
+    first, second = make_bundle(tmp_path / "a", "a"), make_bundle(tmp_path / "b", "b")
+    both = {first: JobKind.IMAGE, second: JobKind.VIDEO}
+    settings = Settings(workers=num_workers)
+
+    posts = [plan_posts(settings, [bundle], both) for bundle in (first, second)]
+
+    dealt = [bundle.name for post in posts for name in post for bundle in post[name].bundles]
+    assert dealt == list(expected.replace(" ", ""))
+
+
+def test_shipped_students_are_served_only_where_nothing_else_is_set(tmp_path: Path) -> None:
+    shipped = shipped_bundles(Settings(data_dir=tmp_path))
+    assert {bundle.name: kind for bundle, kind in shipped.items()} == {"scenes": "image", "clips": "video"}
+    assert all((shipped_student(bundle.name) / "student.json").is_file() for bundle in shipped)
+    assert shipped_bundles(Settings(bundles=str(tmp_path))) == {}
 
 
 @pytest.mark.parametrize(
