@@ -45,6 +45,12 @@ def test_time_is_that_of_redis_and_goes_on_with_the_ticks(machine: Machine) -> N
     assert machine.clock() == NOON_S * 1000 + 5_008
 
 
+def test_time_is_told_to_the_microsecond_where_that_is_asked_for(machine: Machine) -> None:
+    machine.compare()
+    machine.tick_ms += 0.25
+    assert machine.clock.now_ns() == NOON_S * 1_000_000_000 + 250_000
+
+
 def test_first_answer_counts_however_long_it_took(machine: Machine) -> None:
     assert abs(machine.compare(way_ms=2_000)) <= 1_000
 
