@@ -68,6 +68,17 @@ def _check_store(settings: Settings) -> None:
         logger.warning("%s", error)
 
 
+def _check_tracing(settings: Settings) -> None:
+    """Return if spans can be sent, or none are to be.
+
+    Raises:
+        ValueError: the extra `tracing` is not installed.
+    """
+    from server.tracing import check_extra
+
+    check_extra(settings.otlp_endpoint)
+
+
 def _check_redis(settings: Settings) -> None:
     """Return once a Redis that can be trusted answers; what is risky about it goes to the log.
 
@@ -180,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = Settings()
         if args.command in ROLES:
             _raise_descriptor_limit()
+            _check_tracing(settings)
             return ROLES[args.command](settings)
         return _run_command(settings, args)
     except ValidationError as error:

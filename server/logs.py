@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line on stderr, with the request and the job that each line belongs to.
+"""Logs: one JSON object a line on stderr, with the request, job, batch and trace that each line belongs to.
 
 Prompts, headers and URLs with secrets are never passed to a logger: what is not handed over cannot leak.
 """
@@ -8,14 +8,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import MappingProxyType
 
-request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Id of the HTTP request being answered by this task; `server.api.middleware` sets it."""
+_bound: ContextVar[Mapping[str, str]] = ContextVar("bound_ids", default=MappingProxyType({}))
 
 _FIELDS = (
     "job_id",
+    "batch_id",
+    "trace_id",
+    "span_id",
     "model",
     "worker",
     "method",
@@ -29,6 +34,16 @@ _FIELDS = (
 """What callers may pass in `extra=`; anything else stays out of the line."""
 
 
+@contextmanager
+def bound(**ids: str) -> Iterator[None]:
+    """Let every line that this task or thread writes inside carry these ids, beside those it has."""
+    token = _bound.set({**_bound.get(), **ids})
+    try:
+        yield
+    finally:
+        _bound.reset(token)
+
+
 class JsonFormatter(logging.Formatter):
     """Formats a record as one JSON object; a traceback becomes one string in it."""
 
@@ -40,8 +55,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if request_id := request_id_var.get():
-            line["request_id"] = request_id
+        line |= _bound.get()
         line |= {name: getattr(record, name) for name in _FIELDS if hasattr(record, name)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -250,6 +250,11 @@ class Metrics:
         self.redis_op = histogram("redis_op_seconds", "One queue verb.", OP_BUCKETS, "op")
         self.redis_errors = counter("redis_errors_total", "Queue verbs that failed.", "op")
         self.storage_op = histogram("storage_op_seconds", "One store verb.", OP_BUCKETS, "op")
+        self.trace_spans = counter(
+            "trace_spans_total",
+            "Recorded spans by outcome: exported, or dropped since the collector did not take them in time.",
+            "outcome",
+        )
 
     def observe_eta(self, job: Job, eta_ms: float | None) -> None:
         """Compare the time a finished job took with what was predicted; without a prediction, nothing.

@@ -85,6 +85,11 @@ class Settings(BaseSettings):
     store_url: str = ""
     """fsspec URL for results (`file://`, `s3://`, ...); empty means `data_dir/results`."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp_endpoint: str = ""
+    """OTLP/HTTP collector that gets the traces, `http://collector:4318`; needs the extra `tracing`. Empty: no
+    tracing."""
+    trace_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the traces begun here that are recorded. A caller who sends a `traceparent` has decided."""
 
     cuda_visible_devices: str | None = Field(default=None, validation_alias="CUDA_VISIBLE_DEVICES")
     """CUDA's own variable, without our prefix: the GPUs that workers may have; unset: all."""
@@ -104,7 +109,7 @@ class Settings(BaseSettings):
     def _no_blank_entries(cls, value: str) -> str:
         return ",".join(part.strip() for part in value.split(",") if part.strip())
 
-    @field_validator("public_url")
+    @field_validator("public_url", "otlp_endpoint")
     @classmethod
     def _http_url_without_query(cls, value: str) -> str:
         parts = urlsplit(value)
@@ -170,6 +175,8 @@ class Settings(BaseSettings):
             host=self.host,
             metrics_port=self.metrics_port + 1 + self.worker_index if self.metrics_port else 0,
             log_level=self.log_level,
+            otlp_endpoint=self.otlp_endpoint,
+            trace_ratio=self.trace_ratio,
         )
 
 
@@ -188,6 +195,8 @@ class WorkerSettings:
     """Prometheus port of this worker; 0 means none."""
     log_level: str
     bundle_key_file: Path | None = None
+    otlp_endpoint: str = ""
+    trace_ratio: float = 1.0
 
 
 def explain(error: ValidationError) -> list[str]:

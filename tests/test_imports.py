@@ -59,6 +59,7 @@ NEVER: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     # what the demo draws comes in by the name that a configuration gives (engines/domains.py)
     *((f"engines.{room}", ("engines.demo",), ()) for room in ("bench", "compile", "distill", "families")),
     *((f"engines.{room}", ("engines.demo",), ()) for room in ("gate", "runtime")),
+    ("server", ("opentelemetry",), ("server/otel.py",)),  # an extra, loaded where tracing is on
     # one room per process
     ("server.api", ("server.worker", "server.supervisor", "engines.runtime", "numpy"), ()),
     ("server.worker", ("server.api", "server.supervisor", "fastapi", "starlette", "uvicorn"), ()),

@@ -18,16 +18,20 @@ from server.api.expiry import expire_old
 from server.api.handlers import HANDLERS
 from server.api.middleware import BodyLimit, RequestContext
 from server.api.routes import health, images, models, playground, videos
-from server.job import Job
+from server.job import Job, JobErrorCode
 from server.metrics import Metrics, Outcome
 from server.queue.archive import Archive
+from server.queue.clock import RedisClock
 from server.queue.errors import QueueError
 from server.queue.job_queue import JobQueue
 from server.queue.records import RedisHealth
 from server.settings import Settings
 from server.store import ResultStore
+from server.tracing import Tracing, record_settled, start_tracing
 
 GAUGES_PERIOD_S = 5.0
+LAST_SPANS_S = 1.0
+"""How long the end waits for a collector to take the last spans."""
 
 
 def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI:
@@ -36,20 +40,29 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
     Args:
         settings: with a resolved `redis_url`.
         metrics: where to count; a registry of its own by default.
+
+    Raises:
+        ValueError: tracing is on, and the extra `tracing` is not installed.
     """
     metrics = metrics or Metrics()
+    clock = RedisClock()
+    tracing = start_tracing(
+        settings.otlp_endpoint, settings.trace_ratio, service="tdm-api", now_ns=clock.now_ns, metrics=metrics
+    )
     app = FastAPI(
         title="tdm-server",
         version=version("tdm-server"),
         summary="Images and videos from few-step TDM students.",
-        lifespan=partial(_lifespan, settings=settings, metrics=metrics),
+        lifespan=partial(_lifespan, settings=settings, metrics=metrics, tracing=tracing, clock=clock),
         docs_url=None,  # both pages load their scripts from elsewhere
         redoc_url=None,
+        # FastAPI's own would send queries and messages of exceptions wherever OTEL_* variables point.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     for routes in (images, models, videos, health, playground):
         app.include_router(routes.router)
     app.add_middleware(BodyLimit)
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics, tracing=tracing)
     if settings.cors_origins:  # added last, runs first: refusals are to be read by those pages, too
         app.add_middleware(
             CORSMiddleware,
@@ -64,7 +77,9 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI, *, settings: Settings, metrics: Metrics) -> AsyncIterator[None]:
+async def _lifespan(
+    app: FastAPI, *, settings: Settings, metrics: Metrics, tracing: Tracing, clock: RedisClock
+) -> AsyncIterator[None]:
     """Connect, run what runs beside the routes, and end it in order."""
     store = ResultStore(settings.results_url)
     archive = Archive(store)
@@ -73,7 +88,8 @@ async def _lifespan(app: FastAPI, *, settings: Settings, metrics: Metrics) -> As
         max_waiting=settings.max_queue,
         result_ttl_s=settings.record_ttl_s,
         archive=archive,
-        on_deadline=partial(_count_deadline, metrics),
+        on_deadline=partial(_count_deadline, metrics, tracing),
+        clock=clock,
     )
     services = Services(
         settings=settings,
@@ -81,8 +97,9 @@ async def _lifespan(app: FastAPI, *, settings: Settings, metrics: Metrics) -> As
         store=store,
         catalog=Catalog(queue),
         metrics=metrics,
+        tracing=tracing,
         draining=asyncio.Event(),
-        now_ms=queue.clock,
+        now_ms=clock,
     )
     app.state.services = services
     await queue.start()
@@ -97,10 +114,12 @@ async def _lifespan(app: FastAPI, *, settings: Settings, metrics: Metrics) -> As
         await asyncio.gather(gauges, archiving, expiry)
         await services.catalog.close()
         await queue.close()
+        await asyncio.to_thread(tracing.close, LAST_SPANS_S)
 
 
-def _count_deadline(metrics: Metrics, job: Job) -> None:
+def _count_deadline(metrics: Metrics, tracing: Tracing, job: Job) -> None:
     """Count a job that no worker started in time."""
+    record_settled(tracing, job, JobErrorCode.DEADLINE)
     metrics.observe_job_end(job, Outcome.DEADLINE, now_ms=job.finished_ms or job.deadline_ms)
 
 

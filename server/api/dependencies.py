@@ -14,6 +14,7 @@ from server.metrics import Metrics
 from server.queue.job_queue import JobQueue
 from server.settings import Settings
 from server.store import ResultStore
+from server.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Services:
     store: ResultStore
     catalog: Catalog
     metrics: Metrics
+    tracing: Tracing
     draining: asyncio.Event
     now_ms: Callable[[], int]
 

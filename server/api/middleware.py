@@ -1,4 +1,4 @@
-"""ASGI middleware around every request: its id, log line, metrics, size limit and last resort."""
+"""ASGI middleware around every request: its id, span, log line, metrics, size limit and last resort."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError, BodyTooLargeError, InternalError, RequestTimeoutError
-from server.logs import request_id_var
+from server.api.spans import METHODS, PROBES, begin_request, end_request
+from server.job import created_ms_of
+from server.logs import bound
 from server.metrics import Metrics
+from server.tracing import NO_TRACING, Tracing, current_span
 
 MAX_BODY_BYTES = 64 * 1024
 DRAIN_BYTES = 1024 * 1024
 BODY_TIMEOUT_S = 10.0
-PROBES = frozenset({"/healthz", "/readyz"})
 
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 logger = logging.getLogger("server.access")
@@ -33,11 +34,12 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 class RequestContext:
-    """Gives every request an id, logs and counts it, and turns what nobody caught into a plain 500."""
+    """Gives every request an id and a span, logs and counts it; what nobody caught becomes a plain 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing = NO_TRACING) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one request; the client's own x-request-id is kept if it is a sane one."""
@@ -46,9 +48,18 @@ class RequestContext:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
-        token = request_id_var.set(request_id)
+        span = begin_request(self._tracing, scope)
+        token = current_span.set(span)
+        try:
+            with bound(request_id=request_id, **span.log_ids):
+                await self._answer(scope, receive, send, request_id)
+        finally:
+            current_span.reset(token)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         started = time.perf_counter()
         status = 0
+        failure: Exception | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -63,19 +74,21 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:
+        except Exception as uncaught:
+            failure = uncaught
             logger.exception("unhandled exception")
             if status == 0:
                 error = InternalError(f"internal error; it is logged under request id {request_id}")
                 await error_response(error)(scope, receive, send_with_id)
         finally:
-            self._finish(scope, status, time.perf_counter() - started)
-            request_id_var.reset(token)
+            job_id = _job_id_of(scope)
+            end_request(current_span.get(), scope, status, job_id=job_id, failure=failure)
+            self._count(scope, status, time.perf_counter() - started, job_id)
 
-    def _finish(self, scope: Scope, status: int, duration_s: float) -> None:
+    def _count(self, scope: Scope, status: int, duration_s: float, job_id: str | None) -> None:
         # The template, never the path: one label value per route, and no ids in the log of a 404 scan.
         route = getattr(scope.get("route"), "path", "unmatched")
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        method = scope["method"] if scope["method"] in METHODS else "other"
         self._metrics.http_requests.labels(route, method, str(status)).inc()
         self._metrics.http_request_duration.labels(route).observe(duration_s)
         # Probes come every few seconds for ever; they tell something only when somebody looks for it.
@@ -87,8 +100,15 @@ class RequestContext:
                 "route": route,
                 "status": status,
                 "duration_ms": round(duration_s * 1000, 1),
+                **({"job_id": job_id} if job_id else {}),
             },
         )
+
+
+def _job_id_of(scope: Scope) -> str | None:
+    """The job that a request was about: the one it made, or the one in its path, if that is an id."""
+    job_id = scope.get("state", {}).get("job_id") or scope.get("path_params", {}).get("job_id", "")
+    return job_id if created_ms_of(job_id) is not None else None
 
 
 class BodyLimit:

@@ -34,6 +34,7 @@ from server.api.errors import (
 )
 from server.api.offer import pick_bucket, pick_fps, pick_steps, pick_video_bucket
 from server.api.schemas import DrawingRequest, SampleRequest, VideoRequest
+from server.api.spans import sending
 from server.cost import job_cost_ms
 from server.job import UNMEASURED_MS, GenerationRequest, Job, JobKind, fingerprint, new_job
 from server.queue.records import EnqueueResult, EnqueueStatus
@@ -131,18 +132,26 @@ async def _enqueue(
     admit: bool,
     most_ms: float | None,
 ) -> EnqueueResult:
-    """Ask the queue to take a job; one that its key's holder is the same as is that one.
+    """Ask the queue to take a job, in this request's trace; one that its key's holder is the same as is that.
 
     Args:
         admit: take it if no other job has its key.
         most_ms: of work that may be ahead of it.
     """
-    with services.metrics.redis_op.labels("enqueue").time():
-        result = await services.queue.enqueue(
-            job, idempotency_key=idempotency_key, admit=admit, max_ahead_ms=most_ms
-        )
-    if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
-        return replace(result, status=EnqueueStatus.DUP)
+    with sending(services.tracing, job) as span:
+        job = replace(job, traceparent=span.traceparent)
+        with services.metrics.redis_op.labels("enqueue").time():
+            result = await services.queue.enqueue(
+                job, idempotency_key=idempotency_key, admit=admit, max_ahead_ms=most_ms
+            )
+        if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
+            result = replace(result, status=EnqueueStatus.DUP)
+        if result.status is EnqueueStatus.DUP and result.job_id is not None:  # that one was sent before
+            span.set(
+                {"messaging.message.id": result.job_id, "tdm.job.id": result.job_id, "tdm.replayed": True}
+            )
+        elif result.status is not EnqueueStatus.OK:
+            span.fail(result.status)
     return result
 
 

@@ -19,9 +19,11 @@ from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError
 from server.queue.records import UnreadableJobError
 from server.queue.worker_queue import Dropped, Lease, WorkerQueue
+from server.tracing import record_settled, trace_of
 from server.worker.batch_policy import Arrivals, CostModel, Row, Run, Wait, decide
 from server.worker.heartbeat import Heartbeat
 from server.worker.leased_job import LeasedJob
+from server.worker.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class Batcher:
         queue: WorkerQueue,
         heartbeat: Heartbeat,
         metrics: Metrics,
+        spans: Spans,
         *,
         max_batch: int,
         cost_ms: CostModel,
@@ -55,6 +58,7 @@ class Batcher:
             queue: to lease from.
             heartbeat: extends what is leased.
             metrics: of this process.
+            spans: told which attempts begin, and which jobs end without one.
             max_batch: most rows that run together, until `limit` lowers it for a bucket.
             cost_ms: the bundle's cost curve.
             lease_s: age at which other workers' leases are taken over.
@@ -66,6 +70,7 @@ class Batcher:
         self._queue = queue
         self._heartbeat = heartbeat
         self._metrics = metrics
+        self._spans = spans
         self._max_batch = max_batch
         self._cost_ms = cost_ms
         self._lease_s = lease_s
@@ -197,14 +202,17 @@ class Batcher:
                 leased.ended = True
                 self._heartbeat.release([leased.lease])
                 continue
-            leased.start(started.job, self._clock())
+            now_ms = self._clock()
+            leased.start(started.job, now_ms)
+            self._spans.begin(leased, now_ms)
             if started.job.attempt > 1:
                 self._metrics.job_redeliveries.labels(self._queue.model, "lease_lapsed").inc()
 
     def _count_drop(self, job: Job, why: Dropped | None) -> None:
-        log.info("not started: %s", why, extra={"job_id": job.id})
+        log.info("not started: %s", why, extra={"job_id": job.id, **trace_of(job).log_ids})
         if why in (Dropped.DEADLINE, Dropped.POISON, Dropped.CANCELLED):  # ended by this very start
             self._metrics.observe_job_end(job, Outcome(why), now_ms=self._clock())
+            record_settled(self._spans.tracing, job, why, is_error=why is not Dropped.CANCELLED)
         else:
             self._metrics.job_duplicates.labels(job.model, "start").inc()
 
@@ -256,6 +264,7 @@ class Batcher:
                 continue
             if why := self._unserved(job.request):  # accepted for a bundle that has no worker left
                 self._drop(lease, why, JobErrorCode.NOT_SERVED)
+                record_settled(self._spans.tracing, job, JobErrorCode.NOT_SERVED)
                 continue
             num_samples = job.request.num_samples
             self._held[job.id] = LeasedJob(lease=lease, job=job, leased_ms=self._clock())

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from server.job import JobError, JobErrorCode, JobStatus, OutputRef, Variant, result_folders
+from server.logs import bound
 from server.metrics import Metrics, Outcome
 from server.queue.errors import QueueError
 from server.queue.worker_queue import Settled, WorkerQueue
@@ -18,6 +19,7 @@ from server.store import ResultStore
 from server.worker.heartbeat import Heartbeat
 from server.worker.leased_job import LeasedJob
 from server.worker.packing import Packed, Provenance, pack, prompt_hash
+from server.worker.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ T = TypeVar("T")
 # A finished job outlasts a Redis restart; after this the lease has lapsed anyway and another worker runs it.
 REDIS_PATIENCE_S = 60.0
 MAX_BACKOFF_S = 5.0
+REDIS_AWAY = "queue_unavailable"
+"""Why an attempt failed whose job does not: its outcome could not be told."""
 
 
 class Finisher:
@@ -37,6 +41,7 @@ class Finisher:
         store: ResultStore,
         heartbeat: Heartbeat,
         metrics: Metrics,
+        spans: Spans,
         *,
         version: str,
         unheard: Callable[[str], Sequence[str]] = lambda _: (),
@@ -52,6 +57,7 @@ class Finisher:
             store: where results go.
             heartbeat: keeps the lease until then.
             metrics: of this process.
+            spans: told how each attempt ended.
             version: content hash of the bundle, for provenance.
             unheard: what of a prompt the model does not hear, in words for whoever asked.
             store_patience_s: how long a job's files that cannot be stored are tried again.
@@ -63,6 +69,7 @@ class Finisher:
         self._store = store
         self._heartbeat = heartbeat
         self._metrics = metrics
+        self._spans = spans
         self._version = version
         self._unheard = unheard
         self._store_patience_s = store_patience_s
@@ -94,7 +101,11 @@ class Finisher:
         while not self._room.acquire(timeout=1.0):
             self._heartbeat.pulse()  # the engine waits for us, it does not hang
         self._unfinished = {future for future in self._unfinished if not future.done()}
-        self._unfinished.add(self._pool.submit(self._guarded, leased, end))
+        self._unfinished.add(self._pool.submit(self._with_ids, leased, end))
+
+    def _with_ids(self, leased: LeasedJob, end: Callable[[], None]) -> None:
+        with bound(**leased.log_ids):
+            self._guarded(leased, end)
 
     def _guarded(self, leased: LeasedJob, end: Callable[[], None]) -> None:
         """Run `end` so that whatever it raises leaves the job ended, or to another worker."""
@@ -104,59 +115,64 @@ class Finisher:
             except QueueError:
                 raise
             except Exception:  # the pool would swallow it, and the heartbeat keep the job for ever
-                log.exception("job could not be finished", extra={"job_id": leased.job.id})
+                log.exception("job could not be finished")
                 error = JobError(
                     code=JobErrorCode.INTERNAL, message="the finished samples could not be packed"
                 )
                 self._fail(leased, error, JobStatus.FAILED)
         except QueueError as error:
             log.warning("left to another worker, as Redis does not answer: %s", error)
+            self._spans.end(leased, "left", REDIS_AWAY)
         finally:
             self._heartbeat.release([leased.lease])
             self._room.release()
 
     def _finish(self, leased: LeasedJob) -> None:
-        packed = self._pack(leased)
-        start = time.perf_counter()
+        with self._spans.stage(leased, "pack"):
+            packed = self._pack(leased)
         store_until = time.monotonic() + self._store_patience_s
         outputs: list[OutputRef] = []
         try:
-            for index, file in enumerate(packed):
-                outputs.append(self._store_file(leased, index, file, Variant.SAMPLE, store_until))
-            for index, file in enumerate(packed):
-                for variant, preview in file.previews.items():
-                    outputs.append(self._store_file(leased, index, preview, variant, store_until))
+            with self._spans.stage(leased, "store"):
+                for index, file in enumerate(packed):
+                    outputs.append(self._store_file(leased, index, file, Variant.SAMPLE, store_until))
+                for index, file in enumerate(packed):
+                    for variant, preview in file.previews.items():
+                        outputs.append(self._store_file(leased, index, preview, variant, store_until))
         except OSError:
-            log.exception("result not stored", extra={"job_id": leased.job.id})
+            log.exception("result not stored")
             self._discard(outputs)
             error = JobError(code=JobErrorCode.STORAGE, message="the result store does not answer")
             self._fail(leased, error, JobStatus.FAILED)
             return
-        leased.timing_ms["store"] = (time.perf_counter() - start) * 1000
         warnings = self._unheard(leased.job.request.prompt)
         complete = self._queue.complete
         settled = self._patiently(lambda: complete(leased.job, outputs, leased.timing_ms, warnings))
+        self._spans.end(leased, Outcome.DONE if settled is Settled.OK else settled)
         if settled is Settled.OK:
             self._count_end(leased, Outcome.DONE)
             self._count_outputs(outputs)
+            took_ms = self._clock() - leased.job.created_ms
+            log.info("job done", extra={"model": leased.job.model, "duration_ms": took_ms})
         elif settled is Settled.CANCELLED:
             self._count_end(leased, Outcome.CANCELLED)
             self._discard(outputs)
         else:
-            log.info("result came second (%s)", settled, extra={"job_id": leased.job.id})
+            log.info("result came second (%s)", settled)
             self._metrics.job_duplicates.labels(leased.job.model, settled).inc()
             self._discard(outputs)
 
     def _fail(self, leased: LeasedJob, error: JobError, status: JobStatus) -> None:
-        log.warning("job %s: %s", status, error.code, extra={"job_id": leased.job.id, "code": error.code})
+        log.warning("job %s: %s", status, error.code, extra={"code": error.code})
         fail = self._queue.fail
         settled = self._patiently(lambda: fail(leased.job, error, leased.timing_ms, status=status))
+        code = None if status is JobStatus.CANCELLED else error.code
+        self._spans.end(leased, status if settled is Settled.OK else settled, code)
         if settled is Settled.OK:
             late = error.code == JobErrorCode.DEADLINE
             self._count_end(leased, Outcome.DEADLINE if late else Outcome(status))
 
     def _pack(self, leased: LeasedJob) -> list[Packed]:
-        start = time.perf_counter()
         request = leased.job.request
         packed = []
         for index, pixels in enumerate(leased.pixels):
@@ -172,7 +188,6 @@ class Finisher:
                 pack(pixels, request.output_format, provenance, quality=request.quality, fps=request.fps)
             )
             leased.pixels[index] = None  # a video's are large, and the store may take a while
-        leased.timing_ms["pack"] = (time.perf_counter() - start) * 1000
         return packed
 
     def _store_file(

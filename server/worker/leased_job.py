@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from engines.bundle.bucket import Bucket
 from server.job import Job, sample_seed
 from server.queue.worker_queue import Lease
+from server.tracing import NO_SPAN, Span
 from server.worker.batch_policy import Row
 
 
@@ -24,6 +25,9 @@ class LeasedJob:
         num_assigned: samples handed to a batch so far.
         pixels: (F, H, W, 3) uint8 per sample, None until drawn.
         timing_ms: by stage, as `Job.timing`.
+        span: its attempt, in the trace of its request.
+        stages: of the attempt, name with begin and end in unix ns; kept only for a span that is recorded.
+        batch_id: the last batch that it had a sample in.
     """
 
     lease: Lease
@@ -34,6 +38,9 @@ class LeasedJob:
     num_assigned: int = 0
     pixels: list[NDArray[np.uint8] | None] = field(default_factory=list)
     timing_ms: dict[str, float] = field(default_factory=dict)
+    span: Span = NO_SPAN
+    stages: list[tuple[str, int, int]] = field(default_factory=list)
+    batch_id: str | None = None
 
     def __post_init__(self) -> None:
         self.pixels = [None] * self.job.request.num_samples
@@ -44,6 +51,12 @@ class LeasedJob:
         self.started = True
         self.timing_ms["queue"] = float(max(0, self.leased_ms - job.created_ms))
         self.timing_ms["batch_wait"] = float(max(0, now_ms - self.leased_ms))
+
+    @property
+    def log_ids(self) -> dict[str, str]:
+        """What log lines about it carry."""
+        batch = {} if self.batch_id is None else {"batch_id": self.batch_id}
+        return {"job_id": self.job.id, **batch, **self.span.log_ids}
 
     @property
     def num_drawn(self) -> int:

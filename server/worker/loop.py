@@ -10,6 +10,7 @@ from engines.bundle.bucket import pick_batch
 from engines.errors import EngineError
 from engines.runtime.pipeline import BatchRun, Pipeline, Sample
 from server.job import JobError, JobErrorCode, JobStatus
+from server.logs import bound
 from server.metrics import Metrics
 from server.queue.worker_queue import Lease, Verdict
 from server.worker.ages import log_start, process_ages_s
@@ -18,11 +19,14 @@ from server.worker.batcher import Batcher
 from server.worker.finisher import Finisher
 from server.worker.heartbeat import Heartbeat
 from server.worker.leased_job import LeasedJob
+from server.worker.spans import BatchSpan, Spans
 
 log = logging.getLogger(__name__)
 
 CANCELLED = JobError(code=JobErrorCode.CANCELLED, message="cancelled on request")
 TOO_LATE = JobError(code=JobErrorCode.DEADLINE, message="the deadline passed while the job was running")
+DEVICE_LOST = "device_lost"
+"""Why an attempt failed whose job does not: another process begins the next one."""
 
 
 class EngineLostError(RuntimeError):
@@ -39,6 +43,7 @@ class Worker:
         finisher: Finisher,
         heartbeat: Heartbeat,
         metrics: Metrics,
+        spans: Spans,
         *,
         clock: Callable[[], int],
     ) -> None:
@@ -48,6 +53,7 @@ class Worker:
         self._finisher = finisher
         self._heartbeat = heartbeat
         self._metrics = metrics
+        self._spans = spans
         self._clock = clock
         self._model = pipeline.manifest.name
         self._device = str(pipeline.device)
@@ -70,12 +76,20 @@ class Worker:
         batch = [row for row in batch if not row.leased_job.ended]
         if not batch:
             return
+        traced = self._spans.batch(batch)
         try:
-            self._run(batch)
+            with bound(batch_id=traced.id):
+                self._run(batch, traced)
         except Exception as error:  # the one broad place: fail these jobs, go on with the next
             if _device_lost(error):
+                traced.end(DEVICE_LOST)
+                for row in batch:
+                    self._spans.end(row.leased_job, "left", DEVICE_LOST)
                 raise EngineLostError(str(error)) from error
-            log.exception("a batch of %d failed", len(batch), extra={"model": self._model})
+            traced.end(_job_error(error).code)
+            log.exception(
+                "a batch of %d failed", len(batch), extra={"model": self._model, "batch_id": traced.id}
+            )
             if _out_of_memory(error):
                 self._metrics.gpu_oom.labels(self._device).inc()
                 self._batcher.limit(batch[0].leased_job.bucket, len(batch) // 2)
@@ -86,7 +100,7 @@ class Worker:
             self._draw(batch[:middle])
             self._draw(batch[middle:])
 
-    def _run(self, batch: Sequence[Row[LeasedJob]]) -> None:
+    def _run(self, batch: Sequence[Row[LeasedJob]], traced: BatchSpan) -> None:
         """One batch through the engine."""
         start = time.perf_counter()
         run = self._pipeline.prepare([_sample(row) for row in batch])
@@ -100,10 +114,14 @@ class Worker:
         for row, pixels in zip(rows, self._pipeline.decode(run), strict=True):
             row.leased_job.pixels[row.index] = pixels
         self._heartbeat.pulse()
-        self._count(batch, run, (time.perf_counter() - start) * 1000)
+        busy_ms = (time.perf_counter() - start) * 1000
+        traced.end()
+        self._count(batch, run, busy_ms)
+        log.debug("drew a batch of %d", len(batch), extra={"duration_ms": round(busy_ms, 1)})
         for leased in dict.fromkeys(row.leased_job for row in rows):
             for stage, spent_ms in run.timing_ms.items():
                 leased.timing_ms[stage] = leased.timing_ms.get(stage, 0.0) + spent_ms
+            traced.note_stages(leased, run.timing_ms, busy_ms)
             if leased.drawn:
                 self._finisher.finish(leased)
 
@@ -115,6 +133,7 @@ class Worker:
                 self._finisher.fail(leased, CANCELLED, JobStatus.CANCELLED)
             elif verdict is Verdict.GONE:
                 leased.ended = True
+                self._spans.end(leased, verdict)
                 self._heartbeat.release([leased.lease])
             elif self._clock() >= leased.job.deadline_ms:
                 self._finisher.fail(leased, TOO_LATE)

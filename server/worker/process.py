@@ -26,7 +26,7 @@ from engines.runtime.pipeline import Pipeline
 from server.cost import batch_cost
 from server.job import UNMEASURED_MS, GenerationRequest, JobKind
 from server.metrics import Metrics
-from server.queue.clock import system_now_ms
+from server.queue.clock import RedisClock, system_now_ms
 from server.queue.errors import QueueError
 from server.queue.records import WorkerInfo
 from server.queue.routes import Routes
@@ -34,12 +34,14 @@ from server.queue.worker_queue import WorkerQueue
 from server.scrape import start_metrics_server
 from server.settings import WorkerSettings
 from server.store import ResultStore
+from server.tracing import start_tracing
 from server.worker.ages import log_start, process_ages_s
 from server.worker.batch_policy import CostModel
 from server.worker.batcher import Batcher
 from server.worker.finisher import Finisher
 from server.worker.heartbeat import Heartbeat
 from server.worker.loop import EngineLostError, Worker
+from server.worker.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ STALL_FACTOR = 20
 MIN_STALL_S = 60.0
 # Finished jobs whose pixels wait in memory for packing; a 49-frame video of 720 x 480 is 51 MB.
 MAX_PENDING = {JobKind.IMAGE: 64, JobKind.VIDEO: 4}
+# How long the end waits for a collector to take the last spans.
+LAST_SPANS_S = 5.0
 
 
 def load_pipeline(settings: WorkerSettings, kind: type[Pipeline] = Pipeline) -> Pipeline:
@@ -116,46 +120,44 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
     """
     manifest = pipeline.manifest
     cost_ms = _cost_model(manifest, pipeline.backend)
-    slowest_ms = _slowest_ms(manifest, pipeline.backend)
-    info = _worker_info(pipeline, slowest_ms)
-    queue = WorkerQueue(settings.redis_url, model=manifest.name, version=manifest.version, consumer=info.id)
-    heartbeat = Heartbeat(
-        queue,
-        info,
-        manifest.model_dump_json(),
-        metrics,
-        lease_s=settings.lease_s,
-        stall_s=max(MIN_STALL_S, STALL_FACTOR * slowest_ms / 1000),
-        on_stall=lambda: os._exit(EXIT_ENGINE_LOST),  # a hung device call never returns to an orderly end
+    info = _worker_info(pipeline, _slowest_ms(manifest, pipeline.backend))
+    clock = RedisClock()
+    queue = WorkerQueue(
+        settings.redis_url, model=manifest.name, version=manifest.version, consumer=info.id, clock=clock
     )
+    spans = _start_spans(settings, pipeline, info, clock, metrics)
+    heartbeat = _heartbeat(settings, queue, info, manifest, metrics)
     store = ResultStore(settings.store_url)
     finisher = Finisher(
         queue,
         store,
         heartbeat,
         metrics,
+        spans,
         version=manifest.version,
         unheard=pipeline.unheard,
         store_patience_s=settings.lease_s,
         max_pending=MAX_PENDING[JobKind(manifest.kind)],
-        clock=queue.clock,
+        clock=clock,
     )
     batcher = Batcher(
         queue,
         heartbeat,
         metrics,
+        spans,
         max_batch=manifest.max_batch,
         cost_ms=cost_ms,
         lease_s=settings.lease_s,
         stopping=stopping,
         settle=finisher.settle,
         unserved=lambda request: _unserved(manifest, request),
-        clock=queue.clock,
+        clock=clock,
     )
-    worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, clock=queue.clock)
+    worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, spans, clock=clock)
     status = EXIT_OK
     try:
         with ExitStack() as ends:  # from the last to the first, each whatever becomes of the others
+            ends.callback(spans.tracing.close, LAST_SPANS_S)
             ends.callback(queue.close)
             if not _announce(heartbeat, stopping):
                 return EXIT_OK
@@ -167,6 +169,33 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
     except QueueError as error:
         log.warning("ended while Redis was away; leases lapse by themselves: %s", error)
     return status
+
+
+def _heartbeat(
+    settings: WorkerSettings, queue: WorkerQueue, info: WorkerInfo, manifest: Manifest, metrics: Metrics
+) -> Heartbeat:
+    return Heartbeat(
+        queue,
+        info,
+        manifest.model_dump_json(),
+        metrics,
+        lease_s=settings.lease_s,
+        stall_s=max(MIN_STALL_S, STALL_FACTOR * info.batch_ms / 1000),
+        on_stall=lambda: os._exit(EXIT_ENGINE_LOST),  # a hung device call never returns to an orderly end
+    )
+
+
+def _start_spans(
+    settings: WorkerSettings, pipeline: Pipeline, info: WorkerInfo, clock: RedisClock, metrics: Metrics
+) -> Spans:
+    tracing = start_tracing(
+        settings.otlp_endpoint,
+        settings.trace_ratio,
+        service="tdm-worker",
+        now_ns=clock.now_ns,
+        metrics=metrics,
+    )
+    return Spans(tracing, info, pipeline.manifest.batch_sizes)
 
 
 def _run(worker: Worker) -> int:

@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import redis
@@ -19,6 +19,9 @@ from server.queue.keys import GROUP
 from server.queue.records import WorkerInfo
 from server.queue.worker_queue import WorkerQueue
 from server.supervisor.valkey import EmbeddedValkey, die_with_parent
+
+if TYPE_CHECKING:
+    from tests.server.collector import Collector
 
 MODEL = "scenes"
 VERSION = "0123456789ab"
@@ -104,6 +107,15 @@ def debian_redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield f"unix://{socket}"
     process.terminate()
     process.wait()
+
+
+@pytest.fixture
+def collector() -> Iterator["Collector"]:
+    """Where traces may be sent."""
+    from tests.server.collector import Collector  # OpenTelemetry, for the few who want it
+
+    with Collector() as collector:
+        yield collector
 
 
 def _answers(url: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from server import logs
-from server.logs import JsonFormatter, request_id_var
+from server.logs import JsonFormatter, bound
 
 
 def record(message: str, *args: object, **extra: object) -> logging.LogRecord:
@@ -27,14 +27,16 @@ def test_line_has_time_level_logger_and_message() -> None:
     assert line["time"].endswith("+00:00")
 
 
-def test_line_carries_job_and_request() -> None:
-    token = request_id_var.set("req_1")
-    try:
-        line = json.loads(JsonFormatter().format(record("done", job_id="img_1")))
-    finally:
-        request_id_var.reset(token)
+def test_line_carries_the_ids_of_what_it_is_written_in() -> None:
+    with bound(request_id="req_1"):
+        with bound(job_id="img_1", batch_id="b-1"):
+            inner = json.loads(JsonFormatter().format(record("done", job_id="img_2")))
+        outer = json.loads(JsonFormatter().format(record("done")))
+    after = json.loads(JsonFormatter().format(record("done")))
 
-    assert (line["request_id"], line["job_id"]) == ("req_1", "img_1")
+    assert (inner["request_id"], inner["job_id"], inner["batch_id"]) == ("req_1", "img_2", "b-1")
+    assert (outer["request_id"], outer.keys() & {"job_id", "batch_id"}) == ("req_1", set())
+    assert "request_id" not in after
 
 
 def test_fields_that_nobody_agreed_on_stay_out() -> None:

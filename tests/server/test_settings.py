@@ -97,6 +97,26 @@ def test_public_url_is_one_that_links_can_begin_with(value: str) -> None:
         Settings(public_url=value)
 
 
+@pytest.mark.parametrize("value", ["collector:4317", "grpc://collector:4317", "http://c/?key=1"])
+def test_collector_is_one_that_takes_http(value: str) -> None:
+    with pytest.raises(ValidationError, match="http://HOST"):
+        Settings(otlp_endpoint=value)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_ratio_is_a_share(value: float) -> None:
+    with pytest.raises(ValidationError, match="trace_ratio"):
+        Settings(trace_ratio=value)
+
+
+def test_worker_is_told_where_its_spans_go() -> None:
+    settings = Settings(
+        redis_url="redis://localhost", bundles="b", otlp_endpoint="http://collector:4318/", trace_ratio=0.1
+    ).for_worker()
+
+    assert (settings.otlp_endpoint, settings.trace_ratio) == ("http://collector:4318", 0.1)
+
+
 @pytest.mark.parametrize("value", ["example.com", "https://a.example.com/ui", "https://a.example.com,b"])
 def test_origins_are_origins(value: str) -> None:
     with pytest.raises(ValidationError, match="is no origin"):

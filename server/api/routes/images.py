@@ -59,6 +59,7 @@ from server.api.views import (
     server_timing,
 )
 from server.job import Job, JobKind, JobStatus
+from server.tracing import current_span, trace_of
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
@@ -229,6 +230,7 @@ async def _submit(
     """
     accepted = await accept(services, body, idempotency_key)
     request.state.replayed = accepted.attached  # read by the middleware, whatever the answer will be
+    request.state.job_id = accepted.job_id
     try:
         job = await wait_for_job(services, request, accepted.job_id, wait_s)
     except ClientGoneError:
@@ -237,7 +239,9 @@ async def _submit(
         raise
     if job is None:
         raise unknown_job(accepted.job_id, JobKind.IMAGE)
-    if not accepted.attached:
+    if accepted.attached:
+        current_span.get().link(trace_of(job))
+    else:
         services.metrics.observe_eta(job, accepted.eta_ms)
     return accepted, job
 

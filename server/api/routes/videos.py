@@ -55,6 +55,7 @@ from server.api.schemas import Body, RemixRequest, VideoDeleted, VideoJob, Video
 from server.api.submit import Accepted, accept
 from server.api.views import video_job
 from server.job import Job, JobKind, Variant, created_ms_of, is_over
+from server.tracing import current_span, trace_of
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
@@ -207,7 +208,10 @@ async def remix_video(
 
 async def _created(services: Services, request: Request, accepted: Accepted) -> Response:
     request.state.replayed = accepted.attached  # read by the middleware
+    request.state.job_id = accepted.job_id
     job = await find_job(services, accepted.job_id, JobKind.VIDEO)
+    if accepted.attached:
+        current_span.get().link(trace_of(job))
     view = await _view(services, request, job)
     return json_response(view, headers={**_poll_header(view), "location": _url(request, "get_video", job)})
 

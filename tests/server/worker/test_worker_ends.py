@@ -25,9 +25,11 @@ from server.queue.worker_queue import Lease, WorkerQueue
 from server.settings import WorkerSettings
 from server.store import ResultStore
 from server.supervisor.valkey import EmbeddedValkey
+from server.tracing import NO_TRACING
 from server.worker.batcher import Batcher
 from server.worker.heartbeat import Heartbeat
 from server.worker.process import EXIT_ENGINE_LOST, EXIT_OK, load_pipeline
+from server.worker.spans import Spans
 from tests.server.conftest import (
     VERSION,
     poll,
@@ -164,6 +166,7 @@ async def test_jobs_whose_lease_was_taken_just_before_redis_failed_are_drawn(
         worker_queue,
         heartbeat,
         Metrics(),
+        Spans(NO_TRACING, worker_info("forgetful"), (4,)),
         max_batch=4,
         cost_ms=lambda *_: 10.0,
         lease_s=60,
@@ -190,6 +193,7 @@ async def test_job_that_the_bundle_does_not_draw_ends_as_such_and_its_neighbour_
         worker_queue,
         Heartbeat(worker_queue, worker_info("w"), "{}", Metrics(), lease_s=60, stall_s=600),
         Metrics(),
+        Spans(NO_TRACING, worker_info("w"), (4,)),
         max_batch=4,
         cost_ms=lambda *_: 10.0,
         lease_s=60,
