@@ -21,7 +21,9 @@ WORKDIR /app
 # Dependencies only: without packages beside it, the project installs as its metadata, and a change of code keeps these layers.
 FROM python AS api-dependencies
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constraints.txt .
+# TRACING=1: with the extra `tracing`. Not by default, for redis-py loads of OpenTelemetry what it finds, at every start.
+ARG TRACING
+RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constraints.txt ".${TRACING:+[tracing]}"
 
 FROM api-dependencies AS worker-dependencies
 ARG PIP_EXTRA_INDEX_URL
