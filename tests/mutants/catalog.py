@@ -301,4 +301,33 @@ MUTANTS = (
         "if len(batch) == max_batch",
         POLICY,
     ),
+    # traces
+    Mutant(
+        "the job does not know its trace",
+        "server/api/submit.py",
+        "job = replace(job, traceparent=span.traceparent)",
+        "pass",
+        "tests/server/api/test_spans.py",
+    ),
+    Mutant(
+        "a batch is not linked to its jobs",
+        "server/worker/spans.py",
+        "links=[leased.span for leased in recorded],",
+        "links=[],",
+        "tests/server/worker/test_spans.py",
+    ),
+    Mutant(
+        "a job is not linked to its batch",
+        "server/worker/spans.py",
+        "leased.span.link(span)",
+        "pass",
+        "tests/server/worker/test_spans.py",
+    ),
+    Mutant(
+        "a batch that nobody wants recorded is",
+        "server/otel.py",
+        "is_sampled = any(link.context.trace_flags.sampled for link in links)",
+        "is_sampled = True",
+        "tests/server/test_tracing.py",
+    ),
 )
