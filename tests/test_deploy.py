@@ -22,6 +22,8 @@ from server.supervisor.bundles import SHIPPED, shipped_student
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+TARGETS = {"api", "worker", "worker-cpu", "engines", "engines-cpu"}
+"""Stages of the Dockerfile that are images."""
 DEPLOY_README = (ROOT / "deploy/README.md").read_text(encoding="utf-8")
 
 
@@ -121,17 +123,35 @@ def test_rules_and_dashboard_know_the_objectives_that_the_server_states() -> Non
 
 
 def test_images_run_without_root() -> None:
-    for name, stage in dockerfile_stages().items():
-        if name in ("api", "worker", "engines"):
-            users = re.findall(r"^USER (\S+)$", stage, flags=re.MULTILINE)
-            assert users, f"{name} runs as root"
-            assert users[-1] == "10001:10001"
+    stages = dockerfile_stages()
+    assert {name: re.findall(r"^USER (\S+)$", stages[name], flags=re.MULTILINE) for name in TARGETS} == {
+        name: ["10001:10001"] for name in TARGETS
+    }
 
 
 def test_compose_builds_targets_that_exist(compose: dict[str, Any]) -> None:
     targets = {service["build"]["target"] for service in compose["services"].values() if "build" in service}
-    assert targets == {"api", "worker", "engines"}
+    assert targets == TARGETS
     assert targets <= dockerfile_stages().keys()
+
+
+def test_compose_runs_the_same_on_cpus_and_on_a_gpu(compose: dict[str, Any]) -> None:
+    profiles = {
+        profile: {
+            name.removesuffix("-gpu"): service
+            for name, service in compose["services"].items()
+            if profile in service.get("profiles", ())
+        }
+        for profile in ("cpu", "gpu")
+    }
+    assert profiles["cpu"].keys() == profiles["gpu"].keys() != set()
+    assert "COMPOSE_PROFILES=cpu" in (ROOT / ".env").read_text(encoding="utf-8").splitlines()
+    for name, on_gpu in profiles["gpu"].items():
+        on_cpu = profiles["cpu"][name]
+        assert on_cpu["build"]["target"] == f"{on_gpu['build']['target']}-cpu"
+        assert "deploy" not in on_cpu
+        (device,) = on_gpu["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
 def test_containers_set_only_settings_that_exist(compose: dict[str, Any]) -> None:
@@ -153,9 +173,10 @@ def test_prometheus_scrapes_the_ports_that_serve_metrics(compose: dict[str, Any]
     }
     metrics_port = int(compose["services"]["api"]["environment"]["TDM_METRICS_PORT"])
     assert scraped == {
-        name: metrics_port + (name != "api")
+        alias: metrics_port + (name != "api")
         for name, service in compose["services"].items()
-        if service.get("build", {}).get("target") in ("api", "worker")
+        if service.get("build", {}).get("target") in ("api", "worker", "worker-cpu")
+        for alias in service.get("networks", {"default": {"aliases": [name]}})["default"]["aliases"]
     }
 
 
@@ -173,8 +194,9 @@ def test_grafana_finds_prometheus_and_the_dashboard(compose: dict[str, Any]) -> 
     assert mounted["./deploy/grafana/tdm.json"] == f"{provider['options']['path']}/tdm.json"
 
 
-def test_every_shipped_student_is_built_and_served(compose: dict[str, Any]) -> None:
-    services = compose["services"].values()
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_every_shipped_student_is_built_and_served(compose: dict[str, Any], profile: str) -> None:
+    services = [one for one in compose["services"].values() if profile in one.get("profiles", ())]
     shipped = {str(shipped_student(name).relative_to(ROOT)) for name in SHIPPED}
     built = {
         service["command"][1]: service["command"][3]

@@ -1,6 +1,7 @@
 """deploy/k8s renders, every object is valid, and it says what the processes need. No cluster has seen it."""
 
 import json
+import re
 import shutil
 import subprocess
 from copy import deepcopy
@@ -15,12 +16,14 @@ import yaml
 
 from server.queue.address import parse_redis_url
 from server.settings import ENV_PREFIX, Settings
+from tests.test_deploy import TARGETS, dockerfile_stages
 
-K8S = Path(__file__).resolve().parent.parent / "deploy/k8s"
+ROOT = Path(__file__).resolve().parent.parent
+K8S = ROOT / "deploy/k8s"
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
 VERSION = "1.33"
 """The first one that knows image volumes."""
-CUSTOM = {"ServiceMonitor", "ScaledObject"}
+CUSTOM = {"ServiceMonitor", "ScaledObject", "PyTorchJob"}
 GRACE_S = {"tdm-api": 60, "tdm-worker-scenes": 120, "tdm-worker-clips": 1800}
 
 Object = dict[str, Any]
@@ -50,14 +53,24 @@ def validate(one: Object) -> None:
     """Check an object strictly: fields that nobody knows are refused."""
     if one["kind"] in CUSTOM:
         jsonschema.validate(one, json.loads((K8S / "schemas/custom.json").read_text(encoding="utf-8")))
+        for template in templates_of(one):  # a pod's, which Kubernetes knows
+            pod = {"apiVersion": "v1", "kind": "Pod", **template}
+            kubernetes_validate.validate(pod, VERSION, strict=True)
     else:
         kubernetes_validate.validate(one, VERSION, strict=True)
 
 
 def pods(overlay: str) -> dict[str, Object]:
     """Pod templates by the name of what makes them."""
-    makers = of_kind(overlay, "Deployment", "StatefulSet", "Job")
-    return {one["metadata"]["name"]: one["spec"]["template"] for one in makers}
+    makers = of_kind(overlay, "Deployment", "StatefulSet", "Job", "PyTorchJob")
+    return {one["metadata"]["name"]: template for one in makers for template in templates_of(one)}
+
+
+def templates_of(one: Object) -> list[Object]:
+    """Templates of the pods that an object makes."""
+    if one["kind"] == "PyTorchJob":
+        return [replicas["template"] for replicas in one["spec"]["pytorchReplicaSpecs"].values()]
+    return [one["spec"]["template"]] if "template" in one["spec"] else []
 
 
 def selects(selector: Object, labels: dict[str, str]) -> bool:
@@ -76,9 +89,15 @@ def test_every_object_is_valid(overlay: str) -> None:
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("kind", ["Deployment", "NetworkPolicy", "ServiceMonitor", "ScaledObject"])
-def test_field_that_nobody_knows_is_refused(kind: str) -> None:
-    broken = deepcopy(of_kind("keda", kind)[0])
+@pytest.mark.parametrize(
+    ("overlay", "kind"),
+    [
+        *(("keda", kind) for kind in ("Deployment", "NetworkPolicy", "ServiceMonitor", "ScaledObject")),
+        ("distill", "PyTorchJob"),
+    ],
+)
+def test_field_that_nobody_knows_is_refused(overlay: str, kind: str) -> None:
+    broken = deepcopy(of_kind(overlay, kind)[0])
     broken["spec"]["replicaz"] = 1
     with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
         validate(broken)
@@ -130,6 +149,22 @@ def test_settings_exist_and_redis_is_where_a_service_is(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_images_are_targets_of_the_dockerfile_that_fit_what_they_run_on(overlay: str) -> None:
+    stages = dockerfile_stages()
+    (settings,) = [one["data"] for one in of_kind(overlay, "ConfigMap") if "TDM_REDIS_URL" in one["data"]]
+    for template in pods(overlay).values():
+        for container in template["spec"]["containers"]:
+            if not container["image"].startswith("tdm-"):
+                continue
+            target = container["image"].removeprefix("tdm-")
+            assert target in TARGETS
+            on_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+            assert on_gpu == (target in ("worker", "engines"))
+            if settings["TDM_STORE_URL"].startswith("s3:") and "engines" not in target:
+                assert re.search(r"pip install .*\[s3\b", stages[f"{target}-dependencies"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_nothing_is_open_that_is_not_named(overlay: str) -> None:
     policies = [one["spec"] for one in of_kind(overlay, "NetworkPolicy")]
     assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in policies
@@ -141,6 +176,7 @@ def test_nothing_is_open_that_is_not_named(overlay: str) -> None:
             if selects(policy["podSelector"], template["metadata"]["labels"])
             for rule in policy.get("ingress", ())
             for port in rule["ports"]
+            if "endPort" not in port  # NCCL's, which have no names
         }
         assert let_in == ports
 
@@ -199,3 +235,20 @@ def test_autoscaler_scales_deployments_that_are_there_by_the_backlog_with_a_fall
         assert (
             "/ 0.75 or vector(0))" in trigger["metadata"]["query"]
         )  # else nothing plus a backlog is nothing
+
+
+def test_distillation_finds_its_nodes_and_the_files_that_its_settings_name() -> None:
+    (job,) = of_kind("distill", "PyTorchJob")
+    elastic, workers = job["spec"]["elasticPolicy"], job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    assert elastic["minReplicas"] == elastic["maxReplicas"] == workers["replicas"]
+    (container,) = workers["template"]["spec"]["containers"]
+    assert container["name"] == "pytorch"  # the operator looks for container and port by these names
+    assert [port["name"] for port in container["ports"]] == ["pytorchjob-port"]
+    launcher, _, *command = container["command"]
+    assert (launcher, command[:3]) == ("torchrun", ["-m", "engines", "distill"])
+    config = yaml.safe_load((ROOT / command[3]).read_text(encoding="utf-8"))
+    processes = workers["replicas"] * container["resources"]["limits"]["nvidia.com/gpu"]
+    assert config["batch_size"] % processes == 0
+    mounted = tuple(f"{mount['mountPath']}/" for mount in container["volumeMounts"])
+    for name in ("teacher", "prompts", "out"):
+        assert f"/app/{config[name]}".startswith(mounted)
