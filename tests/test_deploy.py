@@ -97,6 +97,27 @@ def test_dashboard_is_what_its_code_writes(monkeypatch: pytest.MonkeyPatch) -> N
     assert written == runpy.run_path(str(ROOT / "deploy/grafana/dashboard.py"))["dashboard"]()
 
 
+def test_dashboard_marks_the_minute_in_which_a_version_comes(tmp_path: Path) -> None:
+    dashboard = json.loads((ROOT / "deploy/grafana/tdm.json").read_text(encoding="utf-8"))
+    (marks,) = dashboard["annotations"]["list"]
+    query = marks["expr"].replace("$class", ".*")
+    series = {
+        'tdm_engine_info{class="scenes",version="a",instance="1"}': "1x20",
+        'tdm_engine_info{class="scenes",version="a",instance="2"}': "1x8 stale _x2 1x9",
+        'tdm_engine_info{class="scenes",version="b",instance="3"}': "_x9 1x10",
+    }
+    shown = {"5m": [], "9m": [{"labels": '{class="scenes", version="b"}', "value": 1}], "12m": [], "14m": []}
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {"expr": query, "eval_time": time, "exp_samples": samples} for time, samples in shown.items()
+        ],
+    }
+    (tmp_path / "marks.yml").write_text(yaml.safe_dump({"rule_files": [], "tests": [test]}), encoding="utf-8")
+    run(tool("promtool"), "test", "rules", tmp_path / "marks.yml")
+
+
 def test_dashboard_and_rules_ask_for_metrics_that_exist() -> None:
     exist = {
         name

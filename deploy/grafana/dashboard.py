@@ -34,6 +34,8 @@ TEMPLATING: dict[str, Any] = {
     ]
 }
 """Chosen at the top: where to ask, and the models that the panels tell of."""
+WORKERS = 'tdm_engine_info{class=~"$class"}'
+NEW_VERSIONS = f"count by (class, version) ({WORKERS}) unless count by (class, version) ({WORKERS} offset 1m)"
 ANNOTATIONS: dict[str, Any] = {
     "list": [
         {
@@ -41,12 +43,12 @@ ANNOTATIONS: dict[str, Any] = {
             "datasource": {"type": "prometheus", "uid": "${source}"},
             "enable": True,
             "iconColor": "blue",
-            "expr": "changes(count by (class, version) (tdm_engine_info)[1m:10s]) > 0",
+            "expr": NEW_VERSIONS,
             "titleFormat": "{{class}} {{version}}",
         }
     ]
 }
-"""Lines across all panels."""
+"""Lines across all panels: a version of a bundle that had no worker a minute ago has one."""
 
 
 def panel_json(panel: Panel, number: int, x: int, y: int, width: int, height: int) -> dict[str, Any]:

@@ -11,28 +11,42 @@ import math
 import re
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
-import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 DASHBOARD = Path(__file__).with_name("tdm.json")
 NUM_STEPS = 120
-COLUMNS = 4
-SCALES = {"percentunit": (100.0, "%"), "bytes": (1 / 2**20, "MiB"), "s": (1.0, "s")}
+WIDTH = 24
+NUM_COLOURS = 128
+SCALES = {
+    "percentunit": (100.0, "%"),
+    "bytes": (1 / 2**20, "MiB"),
+    "s": (1.0, "s"),
+    "reqps": (1.0, "/s"),
+    "ops": (1.0, "/s"),
+}
 Lines = dict[str, tuple[list[float], list[float]]]
+
+
+def filled(query: str, step_s: float) -> str:
+    """A query with Grafana's variables filled in, for all models and points so many seconds apart."""
+    return query.replace("$__rate_interval", f"{max(15, round(4 * step_s))}s").replace("$class", ".*")
 
 
 def ask(url: str, query: str, minutes: float) -> list[dict[str, Any]]:
     """Series of a query over the last minutes."""
     now = time.time()
-    step = minutes * 60 / NUM_STEPS
-    filled = query.replace("$__rate_interval", f"{max(15, round(4 * step))}s").replace("$class", ".*")
-    asked = {"query": filled, "start": now - minutes * 60, "end": now, "step": step}
+    step_s = minutes * 60 / NUM_STEPS
+    asked = {"query": filled(query, step_s), "start": now - minutes * 60, "end": now, "step": step_s}
     with urlopen(f"{url}/api/v1/query_range?{urlencode(asked)}", timeout=60) as answer:  # noqa: S310
         found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
     return found
@@ -59,59 +73,89 @@ def lines_of(panel: dict[str, Any], url: str, minutes: float) -> Lines:
     return lines
 
 
+def scale_of(unit: str, lines: Lines) -> tuple[float, str]:
+    """What values are multiplied with, and the unit that they have then."""
+    largest = max((abs(value) for _, values in lines.values() for value in values), default=0.0)
+    if unit == "s" and 0 < largest < 1:
+        return 1000.0, "ms"
+    return SCALES.get(unit, (1.0, ""))
+
+
 def draw(axes: Axes, panel: dict[str, Any], lines: Lines) -> None:
     """One panel."""
-    defaults = panel["fieldConfig"]["defaults"]
-    scale, unit = SCALES.get(defaults["unit"], (1.0, {"reqps": "/s", "ops": "/s"}.get(defaults["unit"], "")))
+    scale, unit = scale_of(panel["fieldConfig"]["defaults"]["unit"], lines)
     axes.set_title(panel["title"] + (f" ({unit})" if unit else ""), fontsize=8, loc="left")
     axes.tick_params(labelsize=6)
     if not lines:
         axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", color="gray", fontsize=8)
-        return
-    if panel["type"] == "stat":
+        axes.set_xticks([])
+        axes.set_yticks([])
+    elif panel["type"] == "stat":
         last = next(iter(lines.values()))[1][-1] * scale
         axes.text(0.5, 0.5, f"{last:.4g} {unit}", transform=axes.transAxes, ha="center", fontsize=18)
         axes.set_xticks([])
         axes.set_yticks([])
-        return
-    stacked = defaults["custom"].get("stacking", {}).get("mode") == "normal"
+    elif panel["type"] == "heatmap":
+        draw_heatmap(axes, lines)
+    else:
+        stacking = panel["fieldConfig"]["defaults"]["custom"]["stacking"]["mode"]
+        draw_lines(axes, lines, scale, is_stacked=stacking == "normal")
+
+
+def draw_lines(axes: Axes, lines: Lines, scale: float, *, is_stacked: bool) -> None:
+    """A line for each series, above each other if they are stacked."""
     below: dict[float, float] = {}
-    for name, (at, values) in lines.items():
+    for name, (at, values) in sorted(lines.items()):
         ats = [round(one, 3) for one in at]
-        base = [below.get(one, 0.0) if stacked else 0.0 for one in ats]
+        base = [below.get(one, 0.0) if is_stacked else 0.0 for one in ats]
         top = [low + scale * value for low, value in zip(base, values, strict=True)]
-        (line,) = axes.plot(ats, top, linewidth=1, label=name)
-        if stacked:
+        marker = "." if len(ats) == 1 else None
+        (line,) = axes.plot(ats, top, marker=marker, linewidth=1, label=name)
+        if is_stacked:
             axes.fill_between(ats, base, top, alpha=0.3, color=line.get_color())
             below |= dict(zip(ats, top, strict=True))
-    axes.set_ylim(bottom=0)
+    axes.margins(x=0)
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # the legend's place
     if any(lines):
-        axes.legend(fontsize=5, loc="upper left", ncols=2 if len(lines) > 6 else 1, framealpha=0.5)
+        columns = 1 if len(lines) < 4 else 2
+        axes.legend(fontsize=5.5, loc="upper left", ncols=columns, framealpha=0.6, handlelength=1)
+
+
+def draw_heatmap(axes: Axes, lines: Lines) -> None:
+    """How much fell between two edges of a histogram: the series are sums up to each edge."""
+    edges = sorted(lines, key=float)
+    ats = sorted({round(at, 3) for name in edges for at in lines[name][0]})
+    sums = {
+        name: dict(zip((round(at, 3) for at in lines[name][0]), lines[name][1], strict=True))
+        for name in edges
+    }
+    up_to = [[sums[name].get(at, 0.0) for at in ats] for name in edges]
+    between = [up_to[0], *([high - low for low, high in zip(*two, strict=True)] for two in pairwise(up_to))]
+    axes.pcolormesh(ats, range(len(edges)), between, cmap="Oranges", shading="nearest")
+    axes.set_yticks(range(len(edges)), edges)
 
 
 def main(url: str, minutes: float, out: Path) -> None:
-    """Draw all panels, a row of the dashboard after the other."""
-    mpl.use("Agg")
+    """Draw all panels where Grafana would put them."""
     panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
-    rows: list[tuple[str, list[dict[str, Any]]]] = []
+    lines_of_panels = sorted({panel["gridPos"]["y"] for panel in panels if panel["type"] != "row"})
+    figure = Figure(figsize=(16, 2.3 * len(lines_of_panels)), dpi=80, layout="constrained")
+    grid = figure.add_gridspec(len(lines_of_panels), WIDTH)
+    title = ""
     for panel in panels:
         if panel["type"] == "row":
-            rows.append((panel["title"], []))
-        else:
-            rows[-1][1].append(panel)
-    lines_of_row = [(title, row[start : start + COLUMNS], start) for title, row in rows
-                    for start in range(0, len(row), COLUMNS)]  # fmt: skip
-    figure = Figure(figsize=(16, 2.1 * len(lines_of_row)), layout="constrained")
-    grid = figure.subplots(len(lines_of_row), COLUMNS, squeeze=False)
-    for axes_of_line, (title, line, start) in zip(grid, lines_of_row, strict=True):
-        for place, axes in enumerate(axes_of_line):
-            if place >= len(line):
-                axes.axis("off")
-                continue
-            draw(axes, line[place], lines_of(line[place], url, minutes))
-        if not start:
-            axes_of_line[0].set_ylabel(title, fontsize=9, fontweight="bold")
-    figure.savefig(out, dpi=90)
+            title = panel["title"]
+            continue
+        at = panel["gridPos"]
+        axes = figure.add_subplot(grid[lines_of_panels.index(at["y"]), at["x"] : at["x"] + at["w"]])
+        draw(axes, panel, lines_of(panel, url, minutes))
+        axes.set_ylabel(title, fontsize=9, fontweight="bold")
+        title = ""  # it stands at its first panel
+    figure.supxlabel("minutes before now", fontsize=8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    drawn.quantize(NUM_COLOURS).save(out, optimize=True)
 
 
 if __name__ == "__main__":
