@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 CLASS = 'class=~"$class"'
 RATE = "[$__rate_interval]"
+A_SCENARIO = '{scenario!=""}'
+"""What k6 asks for before it begins has no scenario."""
 NOT_A_PROBE = 'route!~"/healthz|/readyz"'
 
 
@@ -297,17 +299,19 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             title="Requests it sends",
             unit="reqps",
-            queries={"{{scenario}}": f"sum by (scenario) (rate(k6_http_reqs_total{RATE}))"},
+            queries={"{{scenario}}": f"sum by (scenario) (rate(k6_http_reqs_total{A_SCENARIO}{RATE}))"},
         ),
         Panel(
             title="p95 as it sees it",
             unit="s",
-            queries={"{{scenario}}": "max by (scenario) (k6_http_req_duration_p95)"},
+            queries={"{{scenario}}": f"max by (scenario) (k6_http_req_duration_p95{A_SCENARIO})"},
         ),
         Panel(
             title="Iterations that it could not start",
             unit="ops",
-            queries={"{{scenario}}": f"sum by (scenario) (rate(k6_dropped_iterations_total{RATE}))"},
+            queries={
+                "{{scenario}}": f"sum by (scenario) (rate(k6_dropped_iterations_total{A_SCENARIO}{RATE}))"
+            },
         ),
     ],
 }

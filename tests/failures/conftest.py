@@ -31,10 +31,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(folder: Path) -> None:
     """The bundle in `folder`."""
+    student = make_tiny_checkpoint(folder / "student")
+    build_eager(student, folder / "bundle", batch_sizes=(1, 2, 4, MAX_BATCH))
+
+
+def build_eager(student: Path, out: Path, *, batch_sizes: tuple[int, ...]) -> None:
+    """A bundle without compiled code, whose batches all take as long."""
     settings = BuildSettings(
-        student=make_tiny_checkpoint(folder / "student"),
-        out=folder / "bundle",
-        batch_sizes=(1, 2, 4, MAX_BATCH),
+        student=student,
+        out=out,
+        batch_sizes=batch_sizes,
         backends=(Backend.EAGER,),
         num_threads=1,
         num_jobs=1,
@@ -46,7 +52,7 @@ def build(folder: Path) -> None:
         manifest = build_bundle(settings, progress)
     # The tests want batches; whether these pay was measured, and differs from machine to machine.
     flat = [row.model_copy(update={"ms": 10.0}) for row in manifest.latency]
-    write_manifest(settings.out, manifest.model_copy(update={"latency": flat}))
+    write_manifest(out, manifest.model_copy(update={"latency": flat}))
 
 
 @pytest.fixture(params=["valkey", "redis"])

@@ -142,9 +142,14 @@ class Process(ABC):
         self.send(signal.SIGKILL)
         self.join()
 
+    @property
+    def scraped(self) -> str:
+        """`HOST:PORT` of its metrics."""
+        return f"127.0.0.1:{self._metrics_port}"
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels, as Prometheus would read them."""
-        text = httpx.get(f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=PATIENCE_S).text
+        text = httpx.get(f"http://{self.scraped}/metrics", timeout=PATIENCE_S).text
         return sum(
             sample.value
             for family in text_string_to_metric_families(text)
