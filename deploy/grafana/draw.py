@@ -149,6 +149,8 @@ def main(url: str, minutes: float, out: Path) -> None:
         at = panel["gridPos"]
         axes = figure.add_subplot(grid[lines_of_panels.index(at["y"]), at["x"] : at["x"] + at["w"]])
         draw(axes, panel, lines_of(panel, url, minutes))
+        if axes.get_xticks().size:
+            axes.set_xlim(-minutes, 0)
         axes.set_ylabel(title, fontsize=9, fontweight="bold")
         title = ""  # it stands at its first panel
     figure.supxlabel("minutes before now", fontsize=8)
