@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,13 +170,18 @@ def contact_sheet(
         pictures: per column (R, H, W, 3) images or (R, F, H, W, 3) clips, uint8; of a clip its first, middle
             and last frame are shown.
         prompts: R captions, each under its row.
-        height: of a picture on the sheet, in pixels.
+        height: of a picture on the sheet, in pixels; more where what stands under it is wider.
     """
     pictures = [_filmstrips(column) if column.ndim == 5 else column for column in pictures]
     num_rows = len(pictures[0])
-    cell_h, cell_w = height, round(height * pictures[0].shape[2] / pictures[0].shape[1])
+    aspect = pictures[0].shape[2] / pictures[0].shape[1]
     gap, margin = 8, 20
     title_font, prompt_font = ImageFont.load_default(17), ImageFont.load_default(14)
+    widest = max(
+        max(title_font.getlength(title), prompt_font.getlength(subtitle)) for title, subtitle in columns
+    )
+    cell_w = max(round(height * aspect), math.ceil(widest))
+    cell_h = round(cell_w / aspect)
     row_h, foot_h = cell_h + 28, 56
     sheet = Image.new(
         "RGB",

@@ -244,6 +244,17 @@ def test_contact_sheet_shows_every_picture_enlarged() -> None:
     assert sheet.shape[1] > 2 * 192
 
 
+def test_labels_of_small_pictures_stand_apart() -> None:
+    columns, picture = (
+        [("teacher, 50 steps", "100 evaluations, CFG 2")] * 2,
+        torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
+    )
+    sheet = np.asarray(contact_sheet(columns, [picture] * 2, ["a red ball"], height=32))
+    middle = sheet.shape[1] // 2
+    assert (sheet[:, middle - 3 : middle + 3] == 255).all()
+    assert (sheet[-76:, : middle - 3] < 128).any()
+
+
 def test_contact_sheet_of_clips_shows_their_first_middle_and_last_frame() -> None:
     clip = torch.zeros(1, 5, 32, 32, 3, dtype=torch.uint8)
     for frame in range(5):
