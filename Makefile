@@ -17,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 .DELETE_ON_ERROR:
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev system-packages programs test storm mutants lint format bench load soak clean
+.PHONY: help serve dev system-packages programs test storm mutants lint format image bench load soak clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1  \t/p' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ lint: $(DEV)  ## ruff and mypy --strict
 format: $(DEV)  ## rewrite imports and layout
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+image: $(DEV)  ## the Dockerfile's steps without Docker, and a picture by what they make (root, debootstrap, some minutes)
+	$(BIN)/python -m tests.image $(ARGS)
 
 bench: $(DEV)  ## our server against a diffusers pipeline behind a lock, in one run
 	$(BIN)/python -m loadtests.bench $(ARGS)

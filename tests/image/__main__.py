@@ -1,0 +1,132 @@
+"""`python -m tests.image`: the images without Docker, and one picture drawn by what is in them.
+
+Carries out the Dockerfile's steps for the targets `api`, `worker-cpu` and `engines-cpu` in layers over a
+fresh Debian, then runs what docker-compose.yml makes of them: a bundle is built, an api and a worker are
+healthy, a picture comes, both end in order. Valkey is the embedded one. Needs root, Linux, `debootstrap` and
+several minutes. What it mounts ends with it, whatever happens: it runs in namespaces of its own.
+
+Exit status: 0; 1 if a step or a service fails; 2 where it cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from PIL import Image
+
+from server.supervisor.valkey import find_server
+from tests.image.containers import Container, leave_the_network
+from tests.image.dockerfile import read_stages
+from tests.image.layers import Builder, make_base
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ("debootstrap", "unshare", "setpriv", "ip", "chroot", "mount")
+URL = "http://127.0.0.1:8000"
+PATIENCE_S = 300.0
+
+
+def wait_for(what: str, look: Callable[[], bool]) -> None:
+    """Return once `look` says yes.
+
+    Raises:
+        TimeoutError: it never does.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while not look():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} has not come")
+        time.sleep(0.2)  # the pace of the polling
+
+
+def run_services(services: dict[str, Any], builder: Builder, folder: Path) -> None:
+    """Build the bundle, run api and worker, draw a picture."""
+    names = ("redis", "bundle", "api", "worker")
+    bundle, api, worker = (
+        Container(name, services[name], builder.build(services[name]["build"]["target"]), folder, names)
+        for name in ("bundle", "api", "worker")
+    )
+    bundle.run()
+    (folder / "queue").mkdir()
+    valkey = [find_server(), *services["redis"]["command"][1:]]
+    with ExitStack() as running:
+        redis = running.enter_context(
+            subprocess.Popen(valkey, cwd=folder / "queue", stdout=subprocess.DEVNULL)
+        )
+        running.callback(redis.kill)
+        for container in (api, worker):
+            running.enter_context(container.running())
+            wait_for(f"{container.name}'s health", container.is_healthy)
+        body = {"prompt": "a large red sphere on the left, on grass at sunset", "seed": 7}
+        accept = {"accept": "image/png"}
+        answer = httpx.post(f"{URL}/v1/images", json=body, headers=accept, timeout=PATIENCE_S)
+        answer.raise_for_status()
+        picture = Image.open(io.BytesIO(answer.content))
+        picture.load()
+        print(f"a picture: {picture.format}, {picture.width} x {picture.height}, {len(answer.content)} bytes")
+
+
+def build_and_run(folder: Path, scratch: Path) -> None:
+    """All of it, inside namespaces for mounts and processes; `scratch` takes what is not kept."""
+    pip_cache = folder / "pip"
+    pip_cache.mkdir(exist_ok=True)
+    builder = Builder(
+        ROOT,
+        read_stages(ROOT / "Dockerfile"),
+        base=make_base(folder),
+        folder=scratch / "stages",
+        pip_cache=pip_cache,
+    )
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    for name in ("api", "worker", "bundle"):
+        builder.build(services[name]["build"]["target"])
+    (scratch / "run").mkdir()
+    leave_the_network()
+    run_services(services, builder, scratch / "run")
+
+
+def main() -> int:
+    """Start over in namespaces, and clean up after that.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="python -m tests.image", description=(__doc__ or "").split("\n")[0])
+    default = ROOT / "runs/image"
+    parser.add_argument(
+        "--folder", type=Path, default=default, help="keeps Debian and pip's cache (runs/image)"
+    )
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    if arguments.inside is not None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        build_and_run(folder, arguments.inside)
+        return 0
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing or os.getuid() != 0:
+        print(f"error: it needs {', '.join(missing) or 'root'}", file=sys.stderr)
+        return 2
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        namespaces = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+        again = (sys.executable, "-m", "tests.image", f"--folder={folder}", f"--inside={scratch}")
+        return min(1, abs(subprocess.run([*namespaces, *again], cwd=ROOT, check=False).returncode))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
