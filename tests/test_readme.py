@@ -20,7 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from server.settings import Settings
+from server.settings_table import with_table
 from tests.shared import clips_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,15 +223,7 @@ def test_engine_command_exists_with_its_options(verb: str, options: list[str]) -
 
 
 def test_settings_table_says_what_the_settings_are() -> None:
-    rows = re.findall(r"^\| (`TDM_.*?) \| (.*?) \|", README, flags=re.MULTILINE)
-    assert rows
-    for names, defaults in rows:
-        fields = [name.removeprefix("TDM_").lower() for name in re.findall(r"`(\w+)`", names)]
-        values = re.findall(r"`(.*?)`", defaults) or [""]
-        for field, value in zip(fields, values, strict=True):
-            default = Settings.model_fields[field].default
-            default = "" if default is None else default
-            assert value.removeprefix("./") == str(default), f"{field}: README {value!r}, code {default!r}"
+    assert with_table(README) == README, "python -m server.settings_table README.md"
 
 
 def test_links_lead_somewhere() -> None:
