@@ -19,14 +19,13 @@ import pytest
 from PIL import Image
 
 from server.supervisor.valkey import find_server
-from tests.engines.tiny import make_tiny_cogvideox
 from tests.failures.conftest import build_eager
 from tests.failures.deployment import MODEL, Deployment
 from tests.failures.engine import LETHAL
 from tests.failures.processes import PATIENCE_S, ROOT, Api, RedisServer, Worker
 from tests.prometheus import PERIOD_S, Prometheus, running_prometheus
 from tests.server.conftest import poll
-from tests.shared import once_per_run
+from tests.shared import make_tiny_cogvideox, once_per_run
 
 SILENT = {"Out of memory": "the allocator of a CPU never says so, the kernel kills the process instead"}
 """Panels that cannot have data without a GPU, and why."""
