@@ -8,6 +8,7 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -201,6 +202,36 @@ def test_services_and_monitors_find_what_they_select(overlay: str) -> None:
         ]
         (ports,) = [{port["name"] for port in one["spec"]["ports"]} for one in chosen]
         assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_take_settings_that_are_there(overlay: str) -> None:
+    maps = names(of_kind(overlay, "ConfigMap"))
+    for template in pods(overlay).values():
+        for container in template["spec"]["containers"]:
+            taken = [
+                one["configMapRef"]["name"] for one in container.get("envFrom", ()) if "configMapRef" in one
+            ]
+            assert set(taken) <= maps
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_collector_can_be_reached_where_spans_are_sent_to_it_and_nowhere_else(overlay: str) -> None:
+    (settings,) = [one["data"] for one in of_kind(overlay, "ConfigMap") if "TDM_REDIS_URL" in one["data"]]
+    endpoint = settings.get("TDM_OTLP_ENDPOINT")
+    assert (endpoint is not None) == (overlay == "tracing")
+    wanted = {urlsplit(endpoint).port} if endpoint else set()
+    for name, template in pods(overlay).items():
+        labels = template["metadata"]["labels"]
+        ports = {
+            port["port"]
+            for policy in of_kind(overlay, "NetworkPolicy")
+            if selects(policy["spec"]["podSelector"], labels)
+            for rule in policy["spec"].get("egress", ())
+            if {"namespaceSelector": {"matchLabels": {"tdm/collector": "true"}}} in rule["to"]
+            for port in rule["ports"]
+        }
+        assert ports == (wanted if name.startswith(("tdm-api", "tdm-worker")) else set()), name
 
 
 def test_workers_on_gpus_ask_for_one_and_have_their_bundle_by_digest() -> None:
