@@ -72,9 +72,11 @@ class OurServer:
 
     name = "tdm-server"
 
-    def __init__(self, bundle: Path | None, scratch: Path) -> None:
+    def __init__(self, bundle: Path | None, scratch: Path, **settings: object) -> None:
+        """Serve `bundle`, or build the shipped one; `settings` go into the environment as TDM_*."""
         self._bundle = bundle
         self._scratch = scratch
+        self._settings = {f"TDM_{setting.upper()}": str(value) for setting, value in settings.items()}
 
     def start(self) -> ServerProcess:
         """A process that is not started yet, on a free port."""
@@ -86,6 +88,7 @@ class OurServer:
             "TDM_DATA_DIR": str(self._scratch / "data"),
             "TDM_BUNDLES": str(self._bundle or ""),
             "TDM_REDIS_URL": "",
+            **self._settings,
         }
         log = self._scratch / "server.log"
         return ServerProcess(["server", "up"], port=port, log=log, environment=environment)

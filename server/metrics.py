@@ -5,13 +5,14 @@ Labels stay few and bounded: `class` is the queue class (the model's name), `kin
 video), routes are templates. Never a job id, a tenant, a prompt or a raw path. Durations are in seconds, as
 Prometheus wants; methods take milliseconds, as we count.
 
-`deploy/metrics.md` is a table of them: `python -m server.metrics > deploy/metrics.md` writes it.
+What is counted is there from the start, at 0, as far as its labels are known: `rate()` sees steps between two
+samples, and would never see the first event of a series that begins with it. `server/api/series.py` and
+`server/worker/series.py` begin them. `server/metrics_table.py` writes a table of all.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -247,7 +248,12 @@ class Metrics:
         )
 
         self._section = "Dependencies (both)"
-        self.redis_op = histogram("redis_op_seconds", "One queue verb.", OP_BUCKETS, "op")
+        self.redis_op = histogram(
+            "redis_op_seconds",
+            "One answer from Redis: to a queue verb, or to a command. Without reads that wait for a job.",
+            OP_BUCKETS,
+            "op",
+        )
         self.redis_errors = counter("redis_errors_total", "Queue verbs that failed.", "op")
         self.storage_op = histogram("storage_op_seconds", "One store verb.", OP_BUCKETS, "op")
         self.trace_spans = counter(
@@ -255,6 +261,10 @@ class Metrics:
             "Recorded spans by outcome: exported, or dropped since the collector did not take them in time.",
             "outcome",
         )
+
+    def observe_redis_op(self, op: str, took_s: float) -> None:
+        """Count one answer from Redis; `server/queue/ops.py` has the names."""
+        self.redis_op.labels(op).observe(took_s)
 
     def observe_eta(self, job: Job, eta_ms: float | None) -> None:
         """Compare the time a finished job took with what was predicted; without a prediction, nothing.
@@ -314,79 +324,3 @@ class Metrics:
         self.padding.labels(model).inc(busy_ms * (1 - size / capacity) / 1000)
         self.denoise_steps.labels(model).inc(num_steps)
         self.gpu_busy.labels(gpu).inc(busy_ms / 1000)
-
-
-_INTRODUCTION = """# Metrics
-
-Written by `python -m server.metrics > deploy/metrics.md`; a test says when it is stale. What a metric means,
-and what its labels are, changes only with an entry in `CHANGELOG.md`. `class` is the model's name, `kind` is
-`image` or `video`. Beside these, each process tells about itself in `process_*` and `python_*`.
-"""
-
-_SCALERS = """
-## For autoscalers and schedulers
-
-| they ask for | metric |
-|---|---|
-| queue depth | `sum by (class) (max by (class, priority) (tdm_queue_waiting))` |
-| running | `max by (class) (tdm_queue_inflight)` |
-| capacity, in samples | `max by (class) (tdm_queue_capacity)` |
-| room, in waiting jobs | `max by (class) (tdm_queue_limit)` |
-| backlog in seconds of work, by predicted cost | `max by (class) (tdm_queue_backlog_seconds)` |
-
-The queue is one for all replicas, and each api process tells all of it: never add these up over api pods.
-
-KEDA, trigger `prometheus`:
-
-```yaml
-query: max(tdm_queue_backlog_seconds{class="scenes"})
-threshold: "2"
-```
-
-llm-d's endpoint picker takes the names of the gauges that its queue scorers read, from the api pods that it
-chooses between. They all tell of the one queue behind them, so it prefers none, which is right (not tried):
-
-```sh
---total-queued-requests-metric=tdm_queue_waiting
---total-running-requests-metric=tdm_queue_inflight
-```
-"""
-
-
-def _edges(metric: Histogram) -> str:
-    """A histogram's edges but +Inf, as the client itself will tell them."""
-    bounds: Iterable[float] = metric._upper_bounds
-    return " ".join(f"{bound:g}" for bound in list(bounds)[:-1])
-
-
-def table() -> str:
-    """All metrics as Markdown, the text of `deploy/metrics.md`."""
-    lines = [_INTRODUCTION, "## Objectives", ""]
-    lines += [
-        "| kind | accepted to finished | of which waiting | share of jobs, 30 days |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {kind} | {one.e2e_s:g} s | {one.queue_s:g} s | {one.target:.3g} |"
-        for kind, one in OBJECTIVES.items()
-    ]
-    lines += [
-        "",
-        f"And {AVAILABILITY_TARGET} of all requests get no 5xx. Each time is an edge of the histograms.",
-    ]
-    section = ""
-    for one in Metrics().definitions:
-        if one.section != section:
-            section = one.section
-            lines += ["", f"## {section}", "", "| metric | type | labels | says |", "|---|---|---|---|"]
-        family = next(iter(one.metric.describe()))
-        name = family.name + ("_total" if family.type == "counter" else "")
-        says = family.documentation
-        if isinstance(one.metric, Histogram):
-            says += f" Edges: {_edges(one.metric)}."
-        lines.append(f"| `{name}` | {family.type} | {', '.join(one.labels) or '-'} | {says} |")
-    return "\n".join(lines) + "\n" + _SCALERS
-
-
-if __name__ == "__main__":
-    sys.stdout.write(table())

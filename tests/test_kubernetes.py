@@ -8,6 +8,7 @@ from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -16,7 +17,7 @@ import yaml
 
 from server.queue.address import parse_redis_url
 from server.settings import ENV_PREFIX, Settings
-from tests.test_deploy import TARGETS, dockerfile_stages
+from tests.test_deploy import TARGETS, dockerfile_stages, run, tool
 
 ROOT = Path(__file__).resolve().parent.parent
 K8S = ROOT / "deploy/k8s"
@@ -203,6 +204,36 @@ def test_services_and_monitors_find_what_they_select(overlay: str) -> None:
         assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_take_settings_that_are_there(overlay: str) -> None:
+    maps = names(of_kind(overlay, "ConfigMap"))
+    for template in pods(overlay).values():
+        for container in template["spec"]["containers"]:
+            taken = [
+                one["configMapRef"]["name"] for one in container.get("envFrom", ()) if "configMapRef" in one
+            ]
+            assert set(taken) <= maps
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_collector_can_be_reached_where_spans_are_sent_to_it_and_nowhere_else(overlay: str) -> None:
+    (settings,) = [one["data"] for one in of_kind(overlay, "ConfigMap") if "TDM_REDIS_URL" in one["data"]]
+    endpoint = settings.get("TDM_OTLP_ENDPOINT")
+    assert (endpoint is not None) == (overlay == "tracing")
+    wanted = {urlsplit(endpoint).port} if endpoint else set()
+    for name, template in pods(overlay).items():
+        labels = template["metadata"]["labels"]
+        ports = {
+            port["port"]
+            for policy in of_kind(overlay, "NetworkPolicy")
+            if selects(policy["spec"]["podSelector"], labels)
+            for rule in policy["spec"].get("egress", ())
+            if {"namespaceSelector": {"matchLabels": {"tdm/collector": "true"}}} in rule["to"]
+            for port in rule["ports"]
+        }
+        assert ports == (wanted if name.startswith(("tdm-api", "tdm-worker")) else set()), name
+
+
 def test_workers_on_gpus_ask_for_one_and_have_their_bundle_by_digest() -> None:
     for one in of_kind("gpu", "Deployment"):
         if one["metadata"]["name"] == "tdm-api":
@@ -235,6 +266,38 @@ def test_autoscaler_scales_deployments_that_are_there_by_the_backlog_with_a_fall
         assert (
             "/ 0.75 or vector(0))" in trigger["metadata"]["query"]
         )  # else nothing plus a backlog is nothing
+
+
+@pytest.mark.parametrize("model", ["scenes", "clips"])
+def test_autoscaler_gets_an_answer_as_soon_as_an_api_is_seen(model: str, tmp_path: Path) -> None:
+    """Two apis tell of one queue in which 30 s of work wait; then 0.75 s of it come a second to each."""
+    (scaler,) = [one for one in of_kind("keda", "ScaledObject") if names([one]) == {f"tdm-worker-{model}"}]
+    (trigger,) = scaler["spec"]["triggers"]
+    query = trigger["metadata"]["query"]
+    drain_s = float(query.rpartition(" / ")[2])
+    series = [
+        {"series": f'{name}{{class="{model}",instance="{api}"}}', "values": values}
+        for api in ("a", "b")
+        for name, values in (
+            ("tdm_queue_backlog_seconds", "_x4 30x20"),
+            ("tdm_accepted_work_seconds_total", "_x9 0+45x20"),  # a minute
+        )
+    ]
+    wanted: dict[str, list[float]] = {"3m": [], "6m": [30 / drain_s], "15m": [30 / drain_s + 2 * 0.75 / 0.75]}
+    test = {
+        "interval": "1m",
+        "input_series": series,
+        "promql_expr_test": [
+            {
+                "expr": query,
+                "eval_time": time,
+                "exp_samples": [{"labels": "{}", "value": value} for value in values],
+            }
+            for time, values in wanted.items()
+        ],
+    }
+    (tmp_path / "scale.yml").write_text(yaml.safe_dump({"rule_files": [], "tests": [test]}), encoding="utf-8")
+    run(tool("promtool"), "test", "rules", tmp_path / "scale.yml")
 
 
 def test_distillation_finds_its_nodes_and_the_files_that_its_settings_name() -> None:

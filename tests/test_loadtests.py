@@ -23,7 +23,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from PIL import Image
 
-from loadtests import bench, load, worker_start
+from loadtests import bench, load, tracing, worker_start
 from loadtests.client import MIN_MEASURED, ROUTE, BadReplyError, LoadClient, Reply
 from loadtests.lib.accounts import Accounts, Notes, settle
 from loadtests.lib.outcome import Outcome, judge_gauges, judge_stairs, knee
@@ -331,6 +331,19 @@ def test_benchmark_measures_both_servers_on_the_same_pictures(image_bundle: Path
     assert all(medians["pictures_per_s"] > 0 for medians in result["medians"].values())
     # Compiled code against diffusers: the same arithmetic up to the order of additions.
     assert result["largest_pixel_difference"] <= 2
+
+
+@pytest.mark.slow
+def test_what_tracing_costs_is_measured_while_spans_arrive(image_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    plan = ["--rounds=1", "--seconds=1", "--concurrency=4", "--idle-requests=5", "--workers=1"]
+    assert tracing.main(["--bundle", str(image_bundle), "--out", str(out), *plan]) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert {"hardware", "versions", "commit", "plan", "rounds", "medians"} <= result.keys()
+    assert result["medians"].keys() == {"without", "with"}
+    (told,) = result["spans"]
+    assert told["exported"] > 0
+    assert result["ratio_pictures_per_s"] > 0
 
 
 async def test_window_stays_open_until_two_replies_have_ended_in_it() -> None:

@@ -11,7 +11,10 @@ import pytest
 from engines.bundle.manifest import write_manifest
 from loadtests.scaling.__main__ import main
 from loadtests.scaling.scalers import (
+    BUSY,
+    DRAIN_S,
     SYNC_S,
+    WINDOW_S,
     Autoscaler,
     Behaviour,
     by_backlog,
@@ -19,6 +22,7 @@ from loadtests.scaling.scalers import (
     by_utilisation,
 )
 from tests.server.manifests import make_manifest
+from tests.test_kubernetes import names, of_kind
 
 PNG = b"\x89PNG"
 
@@ -82,7 +86,30 @@ def test_demand_is_what_comes_in_and_what_waits() -> None:
     seen = Seen(num_workers=4, backlog_ms=500, running=3.9, coming=1.5)
     assert by_utilisation(0.7)(seen, 60_000) > 5
     assert by_backlog(2.0)(seen, 60_000) < 1
-    assert by_demand(0.75, 15.0)(seen, 60_000) == pytest.approx(1.5 / 0.75 + 0.5 / 15)
+    assert by_demand()(seen, 60_000) == pytest.approx(1.5 / 0.75 + 0.5 / 15)
+
+
+def test_simulated_autoscaler_is_the_one_of_the_overlay() -> None:
+    """Its bounds and paces, and what it asks for, are those that KEDA is told for images."""
+    (scaler,) = [
+        one["spec"] for one in of_kind("keda", "ScaledObject") if names([one]) == {"tdm-worker-scenes"}
+    ]
+    behaviour = scaler["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    (up,), (down,) = behaviour["scaleUp"]["policies"], behaviour["scaleDown"]["policies"]
+    assert {up["type"], down["type"]} == {"Pods"}
+    assert Behaviour() == Behaviour(
+        least=scaler["minReplicaCount"],
+        most=scaler["maxReplicaCount"],
+        up=up["value"],
+        up_period_s=up["periodSeconds"],
+        down=down["value"],
+        down_period_s=down["periodSeconds"],
+        stabilisation_s=behaviour["scaleDown"]["stabilizationWindowSeconds"],
+    )
+    (trigger,) = scaler["triggers"]
+    offered = f'sum(rate(tdm_accepted_work_seconds_total{{class="scenes"}}[{WINDOW_S / 60:g}m])) / {BUSY:g}'
+    backlog = f'max(tdm_queue_backlog_seconds{{class="scenes"}}) / {DRAIN_S:g}'
+    assert trigger["metadata"]["query"] == f"({offered} or vector(0)) + {backlog}"
 
 
 def test_day_is_simulated_drawn_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,11 +37,11 @@ class Panel:
 def quantiles(
     name: str, by: str, labels: str = "", shares: Sequence[float] = (0.5, 0.95, 0.99)
 ) -> dict[str, str]:
-    """Quantiles of a histogram as recent traffic had them, one line each."""
+    """Quantiles of a histogram as recent traffic had them, one line each; none where there was no traffic."""
     legend = f"{{{{{by}}}}} " if by else ""
     group = f"le, {by}" if by else "le"
     buckets = f"sum by ({group}) (rate({name}_bucket{{{labels}}}{RATE}))"
-    return {f"{legend}p{share * 100:g}": f"histogram_quantile({share}, {buckets})" for share in shares}
+    return {f"{legend}p{share * 100:g}": f"histogram_quantile({share}, {buckets}) >= 0" for share in shares}
 
 
 def within(kind: str, edge: str) -> str:
@@ -107,7 +107,9 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             title="Requests",
             unit="reqps",
-            queries={"{{route}} {{code}}": rate("tdm_http_requests_total", "route, code", NOT_A_PROBE)},
+            queries={
+                "{{route}} {{code}}": rate("tdm_http_requests_total", "route, code", NOT_A_PROBE) + " > 0"
+            },
             stacked=True,
         ),
         Panel(
@@ -284,7 +286,9 @@ ROWS: dict[str, list[Panel]] = {
             },
         ),
         Panel(
-            title="Queue verbs, p99", unit="s", queries=quantiles("tdm_redis_op_seconds", "op", "", (0.99,))
+            title="Answers from Redis, p99",
+            unit="s",
+            queries=quantiles("tdm_redis_op_seconds", "op", "", (0.99,)),
         ),
         Panel(
             title="Failed queue verbs",

@@ -152,7 +152,7 @@ def ways(day: Day, manifest: Manifest) -> dict[str, Autoscaler | int]:
         "fixed, for the mean": mean,
         "utilisation 70 %": Autoscaler(by_utilisation(0.7), behaviour),
         "backlog alone": Autoscaler(by_backlog(2.0), behaviour),
-        "demand": Autoscaler(by_demand(0.75, 15.0), behaviour),
+        "demand": Autoscaler(by_demand(), behaviour),
     }
 
 

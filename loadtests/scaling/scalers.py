@@ -17,6 +17,10 @@ from typing import Protocol
 
 SYNC_S = 15.0
 TOLERANCE = 0.1
+# As deploy/k8s/overlays/keda/scale.yaml asks for workers that draw images.
+BUSY = 0.75
+DRAIN_S = 15.0
+WINDOW_S = 120.0
 
 
 class Observed(Protocol):
@@ -95,12 +99,12 @@ def by_backlog(threshold_s: float) -> Metric:
     return lambda fleet, _: fleet.backlog_ms / 1000 / threshold_s
 
 
-def by_utilisation(target: float, window_s: float = 120.0) -> Metric:
+def by_utilisation(target: float, window_s: float = WINDOW_S) -> Metric:
     """Share of the time in which engines run: what scaling by CPU or GPU load sees."""
     return lambda fleet, now_ms: fleet.busy(max(0.0, now_ms - 1000 * window_s), now_ms) / target
 
 
-def by_demand(target: float, drain_s: float, window_s: float = 120.0) -> Metric:
+def by_demand(target: float = BUSY, drain_s: float = DRAIN_S, window_s: float = WINDOW_S) -> Metric:
     """Workers that what comes in keeps so busy, and as many more as do what waits in `drain_s`."""
 
     def wanted(fleet: Observed, now_ms: float) -> float:

@@ -18,6 +18,7 @@ from server.api.expiry import expire_old
 from server.api.handlers import HANDLERS
 from server.api.middleware import BodyLimit, RequestContext
 from server.api.routes import health, images, models, playground, videos
+from server.api.series import begin_model, begin_process, begin_routes
 from server.job import Job, JobErrorCode
 from server.metrics import Metrics, Outcome
 from server.queue.archive import Archive
@@ -61,6 +62,8 @@ def create_app(settings: Settings, *, metrics: Metrics | None = None) -> FastAPI
     )
     for routes in (images, models, videos, health, playground):
         app.include_router(routes.router)
+        begin_routes(metrics, routes.router)
+    begin_process(metrics)
     app.add_middleware(BodyLimit)
     app.add_middleware(RequestContext, metrics=metrics, tracing=tracing)
     if settings.cors_origins:  # added last, runs first: refusals are to be read by those pages, too
@@ -90,6 +93,7 @@ async def _lifespan(
         archive=archive,
         on_deadline=partial(_count_deadline, metrics, tracing),
         clock=clock,
+        observe=metrics.observe_redis_op,
     )
     services = Services(
         settings=settings,
@@ -140,6 +144,7 @@ async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
             models = await services.catalog.models(max_age_s=0.0)
             metrics.version_workers.clear()  # versions come and go
             for name, model in models.items():
+                begin_model(metrics, name, model.kind)
                 for priority, waiting in model.stats.waiting.items():
                     metrics.queue_waiting.labels(name, priority).set(waiting)
                 metrics.queue_backlog.labels(name).set(model.stats.waiting_ms / 1000)

@@ -140,10 +140,9 @@ async def _enqueue(
     """
     with sending(services.tracing, job) as span:
         job = replace(job, traceparent=span.traceparent)
-        with services.metrics.redis_op.labels("enqueue").time():
-            result = await services.queue.enqueue(
-                job, idempotency_key=idempotency_key, admit=admit, max_ahead_ms=most_ms
-            )
+        result = await services.queue.enqueue(
+            job, idempotency_key=idempotency_key, admit=admit, max_ahead_ms=most_ms
+        )
         if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
             result = replace(result, status=EnqueueStatus.DUP)
         if result.status is EnqueueStatus.DUP and result.job_id is not None:  # that one was sent before

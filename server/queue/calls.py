@@ -14,6 +14,7 @@ import redis.asyncio
 from redis.exceptions import NoScriptError
 from redis.exceptions import TimeoutError as NoAnswerError
 
+from server.queue.ops import Observe, observe_nothing, timed
 from server.queue.scripts import script, script_sha
 
 MAX_PIPELINE = 256
@@ -32,9 +33,10 @@ Command = tuple[str | int, ...]
 class Calls:
     """Commands and verbs of one event loop. They have no order: who needs one waits for the reply."""
 
-    def __init__(self, client: redis.asyncio.Redis) -> None:
+    def __init__(self, client: redis.asyncio.Redis, observe: Observe = observe_nothing) -> None:
         """Sends nothing by itself."""
         self._redis = client
+        self._observe = observe
         self._waiting: list[tuple[Command, asyncio.Future[Any]]] = []
         self._underway: set[asyncio.Task[None]] = set()
         self._loading: dict[str, asyncio.Future[Any]] = {}
@@ -49,16 +51,19 @@ class Calls:
             RedisError: also if only this call of the pipeline failed.
         """
         call: Command = ("EVALSHA", script_sha(verb), 1, prefix, *args)
-        try:
-            return await self.command(*call)
-        except NoScriptError:  # a server that was restarted, or never saw it
-            await self._load(verb)
-            return await self.command(*call)
+        with timed(self._observe, verb):
+            try:
+                return await self._replied(call)
+            except NoScriptError:  # a server that was restarted, or never saw it
+                await self._load(verb)
+                return await self._replied(call)
 
     async def _load(self, verb: str) -> None:
         """Load a script, once for all calls that have just missed it."""
         if verb not in self._loading:
-            self._loading[verb] = loading = asyncio.ensure_future(self.command("SCRIPT LOAD", script(verb)))
+            self._loading[verb] = loading = asyncio.ensure_future(
+                self._replied(("SCRIPT LOAD", script(verb)))
+            )
             loading.add_done_callback(lambda _: self._loading.pop(verb))
         await asyncio.shield(self._loading[verb])  # a caller that is cancelled leaves it to the others
 
@@ -68,6 +73,10 @@ class Calls:
         Raises:
             RedisError: also if only this command of the pipeline failed.
         """
+        with timed(self._observe, str(command[0]).lower()):
+            return await self._replied(command)
+
+    async def _replied(self, command: Command) -> Any:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append((command, future))
         if len(self._waiting) == 1:
@@ -77,8 +86,12 @@ class Calls:
         finally:
             future.cancel()  # of no effect once it is done; else its reply is for nobody
 
-    async def unless_silent(self, reply: Awaitable[T]) -> T:
+    async def unless_silent(self, op: str, reply: Awaitable[T]) -> T:
         """Wait for a reply from Redis as long as any come at all.
+
+        Args:
+            op: what was asked, by its name in `API_OPS`.
+            reply: will be there when it was answered.
 
         Raises:
             redis.exceptions.TimeoutError: none came for `SILENCE_S`.
@@ -87,7 +100,8 @@ class Calls:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         task.add_done_callback(lambda _: _pass_on(task, future))
         try:
-            return await self._unless_silent(future)
+            with timed(self._observe, op):
+                return await self._unless_silent(future)
         finally:
             task.cancel()
 

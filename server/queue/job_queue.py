@@ -19,6 +19,7 @@ from server.queue.calls import Calls
 from server.queue.clock import RedisClock
 from server.queue.connection import connect_async
 from server.queue.keys import MODELS_KEY, class_prefix, job_key, turn_key, waiting_key
+from server.queue.ops import Observe, observe_nothing
 from server.queue.records import (
     EnqueueResult,
     EnqueueStatus,
@@ -58,6 +59,7 @@ class JobQueue:
         archive: Archive | None = None,
         on_deadline: Callable[[Job], None] = lambda _: None,
         clock: Callable[[], int] | None = None,
+        observe: Observe = observe_nothing,
     ) -> None:
         """Connects with the first verb.
 
@@ -69,9 +71,10 @@ class JobQueue:
             archive: where to look for jobs that Redis does not know; None: nowhere.
             on_deadline: called with each job that this process's sweep has ended.
             clock: unix ms; None: as Redis counts them, compared with each sweep.
+            observe: told how long Redis took for each operation of `API_OPS`.
         """
         self._redis = connect_async(url)
-        self._calls = Calls(self._redis)
+        self._calls = Calls(self._redis, observe)
         self._max_waiting = max_waiting
         self._max_live_per_tenant = max_live_per_tenant or 0
         self._result_ttl_ms = result_ttl_s * 1000
@@ -100,7 +103,7 @@ class JobQueue:
 
     async def ping(self) -> None:
         """Return if Redis answers, else raise its error."""
-        await self._calls.unless_silent(self._redis.execute_command("PING"))
+        await self._calls.unless_silent("ping", self._redis.execute_command("PING"))
 
     async def enqueue(
         self,
@@ -263,7 +266,7 @@ class JobQueue:
         now_ms = self.clock()
         pipeline = self._redis.pipeline(transaction=False)
         ask_stats(pipeline, model, now_ms)
-        return load_stats(await self._calls.unless_silent(pipeline.execute()), now_ms)
+        return load_stats(await self._calls.unless_silent("stats", pipeline.execute()), now_ms)
 
     async def memory_use(self) -> float:
         """Share of Redis's memory limit that is used; 0 where there is no limit.
@@ -274,7 +277,7 @@ class JobQueue:
 
     async def health(self) -> RedisHealth:
         """Redis's memory, its append-only file and its load."""
-        return load_health(await self._calls.unless_silent(self._redis.info(*HEALTH_SECTIONS)))
+        return load_health(await self._calls.unless_silent("info", self._redis.info(*HEALTH_SECTIONS)))
 
     async def takes_turn(self, task: str, period_ms: int) -> bool:
         """True for one api process in every `period_ms`: that one does the task."""
@@ -290,7 +293,7 @@ class JobQueue:
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in ids:
             pipeline.hgetall(job_key(model, job_id))
-        records: list[Any] = await self._calls.unless_silent(pipeline.execute())
+        records: list[Any] = await self._calls.unless_silent("answers", pipeline.execute())
         return [Answer(model, job_id, fields) for job_id, fields in zip(ids, records, strict=True) if fields]
 
     async def forget(self, answers: Sequence[Answer], *, kept_ms: int) -> int:
@@ -309,11 +312,9 @@ class JobQueue:
         for answer in answers:
             # A record that nobody can read must not keep the others here.
             created_ms = answer.fields.get("created_ms", "")
-            key_left_ms = (
-                (int(created_ms) if created_ms.isdecimal() else 0) + IDEMPOTENCY_TTL_MS - self.clock()
-            )
+            known_until_ms = (int(created_ms) if created_ms.isdecimal() else 0) + IDEMPOTENCY_TTL_MS
             seen = (answer.fields.get("finished_ms", ""), answer.fields.get("deleted_ms", ""))
-            args += [answer.id, *seen, min(kept_ms, key_left_ms)]
+            args += [answer.id, *seen, min(kept_ms, known_until_ms - self.clock())]
         return int(await self._call("forget", answers[0].model, *args))
 
     async def models(self) -> dict[str, Mapping[str, Any]]:
@@ -331,7 +332,7 @@ class JobQueue:
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.hget(f"{prefix}:route", "base")
         pipeline.hmget(f"{prefix}:m", versions)
-        base, texts = await self._calls.unless_silent(pipeline.execute())
+        base, texts = await self._calls.unless_silent("manifests", pipeline.execute())
         found: list[Mapping[str, Any]] = [json.loads(text) for text in texts if text]
         return sorted(found, key=lambda manifest: manifest.get("version") != base)
 
@@ -376,7 +377,9 @@ class JobQueue:
         await self.models()
         for model in list(self._known):
             with suppress(OutOfMemoryError):  # a full Redis must not keep late jobs from ending
-                await self._redis.hsetnx(MODELS_KEY, model, "")  # again, should Redis have lost its data
+                await self._calls.command(
+                    "HSETNX", MODELS_KEY, model, ""
+                )  # again, should Redis have lost its data
             for job_id in await self._call("expire", model, self.clock(), DEADLINE_GRACE_MS, 1000):
                 if job := await self._get_readable(job_id):
                     self._on_deadline(job)

@@ -17,6 +17,7 @@ from server.job import Job, JobError, JobStatus, OutputRef, Priority
 from server.queue.clock import RedisClock
 from server.queue.connection import SOCKET_TIMEOUT_S, connect
 from server.queue.keys import GROUP, MODELS_KEY, class_prefix, job_key, stream_of, waiting_key
+from server.queue.ops import Observe, observe_nothing, timed
 from server.queue.records import (
     UnreadableJobError,
     WorkerInfo,
@@ -106,6 +107,7 @@ class WorkerQueue:
         version: str,
         consumer: str,
         clock: Callable[[], int] | None = None,
+        observe: Observe = observe_nothing,
     ) -> None:
         """Connects with the first verb.
 
@@ -115,12 +117,14 @@ class WorkerQueue:
             version: of the bundle that is served; its lane is what this worker reads.
             consumer: unique per process life and never used again; the lease is its.
             clock: unix ms; None: as Redis counts them, compared with each beat.
+            observe: told how long Redis took for each operation of `WORKER_OPS`.
         """
         self.model = model
         self.version = version
         self.consumer = consumer
         self.clock: Callable[[], int] = clock or RedisClock()
         self._redis = connect(url)
+        self._observe = observe
         self._prefix = class_prefix(model)
         self._stream = stream_of(model, version)
         self._announcement: tuple[WorkerInfo, str] | None = None
@@ -138,11 +142,13 @@ class WorkerQueue:
         """
         self._announcement = info, manifest_json
         if isinstance(self.clock, RedisClock):
-            self.clock.compare(self._redis.time)
+            with timed(self._observe, "time"):
+                self.clock.compare(self._redis.time)
         fresh = self._call("beat", *self._who, self.clock(), WORKER_TTL_MS, dump_worker(info))
         self._announce = self._announce or bool(fresh)
         if self._announce:
-            with suppress(OutOfMemoryError):  # a full Redis still serves; this comes with a later beat
+            # A full Redis still serves; this comes with a later beat.
+            with suppress(OutOfMemoryError), timed(self._observe, "announce"):
                 self._redis.hset(f"{self._prefix}:m", self.version, manifest_json)
                 self._redis.hset(MODELS_KEY, self.model, manifest_json)
                 self._announce = False
@@ -160,8 +166,10 @@ class WorkerQueue:
         """
         streams: dict[Any, Any] = {self._stream: ">"}
         block = min(block_ms, MAX_BLOCK_MS) or None
+        observe = self._observe if block is None else observe_nothing  # or it would tell how idle we are
         try:
-            reply: Any = self._redis.xreadgroup(GROUP, self.consumer, streams, count=count, block=block)
+            with timed(observe, "xreadgroup"):
+                reply: Any = self._redis.xreadgroup(GROUP, self.consumer, streams, count=count, block=block)
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
@@ -179,9 +187,10 @@ class WorkerQueue:
         cursor = "0-0"
         while len(leases) < count:
             try:
-                reply: Any = self._redis.xautoclaim(
-                    self._stream, GROUP, self.consumer, lease_ms, cursor, count=count - len(leases)
-                )
+                with timed(self._observe, "xautoclaim"):
+                    reply: Any = self._redis.xautoclaim(
+                        self._stream, GROUP, self.consumer, lease_ms, cursor, count=count - len(leases)
+                    )
             except ResponseError as error:
                 if not str(error).startswith("NOGROUP"):
                     raise
@@ -200,7 +209,8 @@ class WorkerQueue:
             pipeline.hgetall(job_key(self.model, lease.job_id))
         for priority in Priority:
             pipeline.zcard(waiting_key(self.model, priority))
-        replies: list[Any] = pipeline.execute()
+        with timed(self._observe, "look"):
+            replies: list[Any] = pipeline.execute()
         hashes, counts = replies[: len(leases)], replies[len(leases) :]
         jobs = [self._read(lease, fields) for lease, fields in zip(leases, hashes, strict=True)]
         return jobs, sum(counts)
@@ -311,11 +321,12 @@ class WorkerQueue:
         return self.version, self.consumer
 
     def _call(self, verb: str, *args: str | int | float) -> Any:
-        try:
-            return self._redis.evalsha(script_sha(verb), 1, self._prefix, *map(str, args))
-        except NoScriptError:  # a server that was restarted, or never saw it
-            self._redis.script_load(script(verb))
-            return self._redis.evalsha(script_sha(verb), 1, self._prefix, *map(str, args))
+        with timed(self._observe, verb):
+            try:
+                return self._redis.evalsha(script_sha(verb), 1, self._prefix, *map(str, args))
+            except NoScriptError:  # a server that was restarted, or never saw it
+                self._redis.script_load(script(verb))
+                return self._redis.evalsha(script_sha(verb), 1, self._prefix, *map(str, args))
 
     def _rejoin(self) -> None:
         """Announce this worker again: Redis lost its data, or took the worker for dead and the lane away."""

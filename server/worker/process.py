@@ -41,6 +41,7 @@ from server.worker.batcher import Batcher
 from server.worker.finisher import Finisher
 from server.worker.heartbeat import Heartbeat
 from server.worker.loop import EngineLostError, Worker
+from server.worker.series import begin_series
 from server.worker.spans import Spans
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ def run_worker(
             extra={"plain_ms": decision.plain_ms, "graph_ms": decision.graph_ms},
         )
     manifest = pipeline.manifest
+    begin_series(metrics, manifest, str(pipeline.device))
     metrics.model_load.labels(manifest.name).set(time.perf_counter() - started)
     metrics.engine_info.labels(manifest.name, pipeline.backend, manifest.version).set(1)
     server = start_metrics_server(metrics, settings.host, settings.metrics_port)
@@ -123,7 +125,12 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
     info = _worker_info(pipeline, _slowest_ms(manifest, pipeline.backend))
     clock = RedisClock()
     queue = WorkerQueue(
-        settings.redis_url, model=manifest.name, version=manifest.version, consumer=info.id, clock=clock
+        settings.redis_url,
+        model=manifest.name,
+        version=manifest.version,
+        consumer=info.id,
+        clock=clock,
+        observe=metrics.observe_redis_op,
     )
     spans = _start_spans(settings, pipeline, info, clock, metrics)
     heartbeat = _heartbeat(settings, queue, info, manifest, metrics)

@@ -35,6 +35,7 @@ from tests.image.layers import Builder, make_base
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("debootstrap", "unshare", "setpriv", "ip", "chroot", "mount")
+NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 URL = "http://127.0.0.1:8000"
 PATIENCE_S = 300.0
 
@@ -98,6 +99,24 @@ def build_and_run(folder: Path, scratch: Path) -> None:
     run_services(services, builder, scratch / "run")
 
 
+def obstacle(folder: Path) -> str | None:
+    """Why it cannot run on this machine, in words; None if it can."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    if os.getuid() != 0:
+        return "it takes root to mount and to change roots"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        below, layer, work, root = (Path(scratch, name) for name in ("below", "layer", "work", "root"))
+        for one in (below, layer, work, root):
+            one.mkdir()
+        options = f"lowerdir={below},upperdir={layer},workdir={work}"
+        command: list[str | Path] = [*NAMESPACES, "mount", "-t", "overlay", "overlay", "-o", options, root]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    return None if done.returncode == 0 else f"no layers in namespaces: {done.stderr.strip()}"
+
+
 def main() -> int:
     """Start over in namespaces, and clean up after that.
 
@@ -117,15 +136,12 @@ def main() -> int:
         logging.getLogger("httpx").setLevel(logging.WARNING)
         build_and_run(folder, arguments.inside)
         return 0
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if missing or os.getuid() != 0:
-        print(f"error: it needs {', '.join(missing) or 'root'}", file=sys.stderr)
+    if why := obstacle(folder):
+        print(f"error: the images cannot be made here: {why}", file=sys.stderr)
         return 2
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        namespaces = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         again = (sys.executable, "-m", "tests.image", f"--folder={folder}", f"--inside={scratch}")
-        return min(1, abs(subprocess.run([*namespaces, *again], cwd=ROOT, check=False).returncode))
+        return min(1, abs(subprocess.run([*NAMESPACES, *again], cwd=ROOT, check=False).returncode))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,13 @@ def make_base(folder: Path) -> Path:
     base, done = folder / "base", folder / "base.done"
     if not done.exists():
         shutil.rmtree(base, ignore_errors=True)
-        command = ["debootstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", base]
+        command: list[str | Path] = [
+            "debootstrap",
+            "--variant=minbase",
+            f"--include={BASE_PACKAGES}",
+            "bookworm",
+            base,
+        ]
         subprocess.run(command, check=True, stdout=sys.stderr)
         shutil.rmtree(base / "var/cache/apt/archives")
         done.touch()
@@ -158,7 +164,7 @@ class Builder:
             if not inside.is_mount():
                 inside.mkdir(parents=True, exist_ok=True)
                 mount("--bind", self._pip_cache, inside)
-        command = ["chroot", f"--userspec={built.user}", built.root, "/bin/sh", "-c"]
+        command: list[str | Path] = ["chroot", f"--userspec={built.user}", built.root, "/bin/sh", "-c"]
         environment = {**self._pip.environment, "HOME": "/root", **built.environment, **built.args}
         script = f"cd {built.workdir}\n{step.value}"
         subprocess.run([*command, script], check=True, env=environment, stdout=sys.stderr)
@@ -172,16 +178,18 @@ class Builder:
             (source,) = sources
             root = self.build(step.flags["from"]).root
             inside.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(["cp", "--archive", root / source.removeprefix("/"), inside], check=True)
+            # Into a folder that is there already, as in Docker, and not beside what is in it.
+            below = root / source.removeprefix("/")
+            subprocess.run(["cp", "--archive", "--no-target-directory", below, inside], check=True)
             return built
-        for source in (self._context / source for source in sources):
-            assert in_context(source, self._context), f"{source} is not in the context: {step}"
-            if source.is_dir():
-                shutil.copytree(source, inside, ignore=self._left_out, dirs_exist_ok=True)
+        for path in (self._context / source for source in sources):
+            assert in_context(path, self._context), f"{path} is not in the context: {step}"
+            if path.is_dir():
+                shutil.copytree(path, inside, ignore=self._left_out, dirs_exist_ok=True)
             else:
-                into = inside / source.name if target.endswith("/") else inside
+                into = inside / path.name if target.endswith("/") else inside
                 into.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, into)
+                shutil.copy2(path, into)
         return built
 
     def _left_out(self, folder: str, names: list[str]) -> list[str]:

@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from server.job import Job, JobKind, OutputRef, new_job
-from server.metrics import OBJECTIVES, REQUEST_BUCKETS, STAGE_BUCKETS, Metrics, Outcome, table
+from server.metrics import OBJECTIVES, REQUEST_BUCKETS, STAGE_BUCKETS, Metrics, Outcome
+from server.metrics_table import table
 from server.scrape import MetricsServer
 from tests.server.conftest import request_of
 
@@ -37,7 +38,9 @@ def test_every_name_has_our_prefix_and_a_unit() -> None:
 def test_table_of_all_metrics_is_up_to_date() -> None:
     written = Path(__file__).resolve().parents[2] / "deploy/metrics.md"
 
-    assert written.read_text(encoding="utf-8") == table(), "python -m server.metrics > deploy/metrics.md"
+    assert written.read_text(encoding="utf-8") == table(), (
+        "python -m server.metrics_table > deploy/metrics.md"
+    )
 
 
 @pytest.mark.parametrize("kind", JobKind)
