@@ -19,22 +19,23 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from engines.bundle.integrity import content_version, hash_files
 from engines.bundle.manifest import read_manifest, write_manifest
 from tests.e2e.system import TIMEOUT_S, System, poll, running, still_running
-from tests.shared import compile_bundle, make_tiny_checkpoint
 
 NUM_CLIENTS = 4
 
 
 @pytest.fixture(scope="module")
 def newer(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another version of the bundle: the same student with other weights."""
-    directory = tmp_path_factory.mktemp("newer")
-    student = make_tiny_checkpoint(directory / "tiny", seed=1)
-    newer = shutil.copytree(bundle, directory / "bundle")
-    compile_bundle(student, newer)
+    """Another version of the bundle: other weights, with hashes as if it had been built so."""
+    newer = shutil.copytree(bundle, tmp_path_factory.mktemp("newer") / "bundle")
+    (weights,) = newer.glob("checkpoint/transformer/*.safetensors")
+    halved = {name: tensor / 2 for name, tensor in load_file(weights).items()}
+    save_file(halved, weights)
+    write_new_version(newer)
     assert version_of(newer) != version_of(bundle)
     return newer
 
@@ -55,11 +56,16 @@ def altered(bundle: Path, copy: Path, **manifest: Any) -> Path:
     shutil.copytree(bundle, copy)
     config = copy / "checkpoint/scheduler/scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "unheard-of"}))
-    files = hash_files(copy)
-    before = read_manifest(copy)
-    version = content_version(files, manifest.get("buckets", before.buckets))
-    write_manifest(copy, before.model_copy(update={"files": files, "version": version, **manifest}))
+    write_new_version(copy, **manifest)
     return copy
+
+
+def write_new_version(bundle: Path, **manifest: Any) -> None:
+    """A manifest for the files that are there, with some fields changed."""
+    files = hash_files(bundle)
+    before = read_manifest(bundle)
+    version = content_version(files, manifest.get("buckets", before.buckets))
+    write_manifest(bundle, before.model_copy(update={"files": files, "version": version, **manifest}))
 
 
 def start_command(data_dir: Path, *args: object) -> subprocess.Popen[str]:
