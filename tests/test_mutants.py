@@ -29,6 +29,8 @@ def test_names_tell_them_apart() -> None:
 # The tool, on a project of one function
 
 HALF = "def half(number: float) -> float:\n    return number / 2\n"
+pytestmark = pytest.mark.slow
+
 TESTED = "from half import half\n\n\ndef test_half() -> None:\n    assert half(4) == 2\n"
 
 

@@ -274,6 +274,7 @@ class TestTls:
         with pytest.raises(RedisUnreachableError, match=r"does it want TLS\? rediss://"):
             check_server(f"redis://localhost:{port}")
 
+    @pytest.mark.slow  # as long as a server may take to answer
     def test_tls_url_to_a_plain_port_gets_a_hint(
         self, keys: Path, start: Callable[[str], tuple[int, int]]
     ) -> None:

@@ -60,6 +60,7 @@ def test_promise_that_one_request_alone_breaks_is_impossible() -> None:
         list(fleets(demand(slo_ms=55.0), batch_ms, 8))
 
 
+@pytest.mark.slow
 def test_promise_too_close_to_one_alone_is_impossible() -> None:
     with pytest.raises(ImpossibleError, match="do not keep 60 ms, too close to the 60 ms of one alone"):
         list(fleets(demand(slo_ms=60.0, percent=99.99, rate_per_s=400.0), batch_ms, 8))
