@@ -1,0 +1,221 @@
+"""The studio's scenes, captions, pictures and outlines."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engines.demo.scenes import HELD_OUT_PAIRS, SHAPES
+from engines.demo.studio.captions import MAX_TOKENS, caption, make_tokenizer, scene_said_by
+from engines.demo.studio.outlines import OutlineBank, crispness, edge_contrast, num_solids, overlaps
+from engines.demo.studio.renderer import Rendered, render
+from engines.demo.studio.scenes import GROUNDS, MATERIALS, SKIES, VIEWS, Scene, Solid, sample_scenes
+
+CUBE = Solid("cube", "red", "large", "matte")
+BALL = Solid("sphere", "blue", "small", "metal")
+RING = Solid("torus", "green", "small", "glossy")
+
+
+def scenes_of_all_numbers(num: int, seed: int) -> list[Scene]:
+    return [scene for number in (1, 2, 3) for scene in sample_scenes(num, seed, num_objects=number)]
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[list[Scene], Rendered]:
+    scenes = scenes_of_all_numbers(30, 11)
+    return scenes, render(scenes, 3)
+
+
+def test_same_seed_draws_the_same_pictures_and_masks_whatever_the_chunk() -> None:
+    scenes = scenes_of_all_numbers(1, 3)
+    one, other = render(scenes, 5, chunk=3), render(scenes, 5, chunk=1)
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(one.masks, other.masks)
+    assert not torch.equal(one.images, render(scenes, 6).images)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_shows_in_its_colour_where_the_caption_puts_it(shape: str) -> None:
+    left = Scene((Solid(shape, "red", "large", "matte"),), "left", "stone", "day", "level")
+    drawn = render([left], 0)
+    mask = drawn.masks[0] == 1
+    red, green, blue = drawn.images[0][mask].float().mean(0)
+    assert mask.sum() > 250
+    assert mask.nonzero()[:, 1].float().mean() < 40
+    assert red > 1.5 * max(green, blue)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "values"),
+    [
+        ("ground", GROUNDS),
+        ("sky", SKIES),
+        ("view", VIEWS),
+        ("material", MATERIALS),
+        ("size", ("small", "large")),
+    ],
+)
+def test_whatever_a_caption_can_say_is_seen(attribute: str, values: tuple[str, ...]) -> None:
+    scene = Scene((CUBE,), "middle", "sand", "day", "level")
+    changes: list[dict[str, Any]] = [{attribute: value} for value in values]
+    if attribute in ("material", "size"):
+        changes = [{"solids": (replace(CUBE, **change),)} for change in changes]
+    scenes = [replace(scene, **change) for change in changes]
+    pictures = torch.cat([render([one], 4).images for one in scenes]).float()
+    for i, picture in enumerate(pictures):
+        for other in pictures[i + 1 :]:
+            assert ((picture - other).abs().amax(-1) > 12).float().mean() > 0.02
+
+
+def test_every_solid_of_a_scene_is_seen(drawn: tuple[list[Scene], Rendered]) -> None:
+    scenes, rendered = drawn
+    assert [num_solids(mask) for mask in rendered.masks] == [scene.num_objects for scene in scenes]
+
+
+def test_training_never_sees_a_held_out_pair() -> None:
+    for number in (1, 2, 3):
+        assert not any(s.is_held_out() for s in sample_scenes(300, 0, num_objects=number, split="train"))
+        assert all(s.is_held_out() for s in sample_scenes(300, 0, num_objects=number, split="held_out"))
+    seen = {(s.shape, s.colour) for scene in sample_scenes(2000, 0, num_objects=2) for s in scene.solids}
+    assert seen >= HELD_OUT_PAIRS
+
+
+def test_only_twins_cannot_be_told_apart_by_shape_and_colour() -> None:
+    scenes = scenes_of_all_numbers(300, 2)
+    alike = [s for s in scenes if len({(x.shape, x.colour) for x in s.solids}) < s.num_objects]
+    assert alike
+    assert all(scene.twins() for scene in alike)
+
+
+def test_mirror_image_of_a_mirror_image_is_the_scene_itself() -> None:
+    for scene in scenes_of_all_numbers(40, 1):
+        assert scene.mirrored().mirrored() == scene
+    row = Scene((CUBE, BALL, RING), "row", "sand", "day", "low")
+    assert row.mirrored().solids == (RING, BALL, CUBE)
+
+
+def test_an_incomplete_scene_is_not_drawn() -> None:
+    with pytest.raises(ValueError, match="not complete"):
+        render([Scene((CUBE, BALL), "beside", "sand", "day", "low")], 0)
+
+
+def test_a_prompt_asks_for_exactly_what_its_scene_says() -> None:
+    rng = np.random.default_rng(0)
+    scenes = scenes_of_all_numbers(250, 4)
+    phrasings = set()
+    for scene in scenes:
+        asked = scene.partly_said(rng) if rng.random() < 0.75 else scene
+        said = caption(asked, rng)
+        understood = scene_said_by(said)
+        assert understood is not None, said
+        assert understood.shown_by(scene), said
+        for other in (scene.mirrored(), *(scenes[i] for i in rng.integers(len(scenes), size=20))):
+            assert understood.shown_by(other) == asked.shown_by(other), said
+        for field, values in (("ground", GROUNDS), ("sky", SKIES), ("view", VIEWS)):
+            change: dict[str, Any] = {field: next(v for v in values if v != getattr(scene, field))}
+            elsewhere = replace(scene, **change)
+            assert understood.shown_by(elsewhere) == asked.shown_by(elsewhere), said
+        phrasings.add(" ".join(w for w in said.replace(",", "").split() if len(w) < 6))
+    assert len(phrasings) > 300
+
+
+@pytest.mark.parametrize(
+    ("prompt", "place", "shapes"),
+    [
+        ("A big, shiny red ball", None, ["sphere"]),
+        ("two golden donuts on a chessboard at night", None, ["torus", "torus"]),
+        ("a blue box in front of a red pyramid", "behind", ["cone", "cube"]),
+        ("a red cube to the right of a green ball", "left of", ["sphere", "cube"]),
+        ("a red cube between a green ball and a blue cone", "between", ["sphere", "cube", "cone"]),
+        ("three tiny silver blocks in a row, seen from above", "row", ["cube"] * 3),
+    ],
+)
+def test_ordinary_words_are_understood(prompt: str, place: str | None, shapes: list[str]) -> None:
+    scene = scene_said_by(prompt)
+    assert scene is not None
+    assert (scene.place, [solid.shape for solid in scene.solids]) == (place, shapes)
+
+
+def test_a_prompt_about_something_else_asks_for_no_scene() -> None:
+    assert scene_said_by("a red dog on grass") is None
+    assert scene_said_by("a cube") is None
+    assert scene_said_by("grass at night") is None
+
+
+def test_order_counts_only_where_a_caption_says_it() -> None:
+    scene = Scene((CUBE, BALL), "left of", "wood", "day", "high")
+    swapped = replace(scene, solids=(BALL, CUBE))
+    assert not scene.shown_by(swapped)
+    for place in ("beside", None):
+        assert replace(scene, place=place).shown_by(swapped)
+    row = Scene((CUBE, BALL, RING), "between", None, None, None)
+    seen = Scene((RING, BALL, CUBE), "row", "wood", "day", "high")
+    assert row.shown_by(seen)
+    assert not row.shown_by(replace(seen, solids=(BALL, RING, CUBE)))
+
+
+def test_every_caption_fits_the_tokenizer_without_unknown_words() -> None:
+    rng, tokenizer = np.random.default_rng(1), make_tokenizer()
+    for scene in scenes_of_all_numbers(200, 6):
+        ids = tokenizer(caption(scene, rng))["input_ids"]
+        assert len(ids) <= MAX_TOKENS
+        assert tokenizer.unk_token_id not in ids
+
+
+def squashed(masks: Tensor, factor: float) -> Tensor:
+    """Lower, standing on the bottom of the picture."""
+    rows = torch.arange(masks.shape[1]).float()
+    source = rows[-1] - (rows[-1] - rows) / factor
+    return masks[:, source.round().clamp(0).long()] * (source >= 0)[None, :, None]
+
+
+def melted(masks: Tensor, pixels: float) -> Tensor:
+    """Pushed about by a smooth random field."""
+    rng = torch.Generator().manual_seed(0)
+    size = masks.shape[1]
+    field = functional.interpolate(torch.randn(len(masks), 2, 7, 7, generator=rng), size=size, mode="bicubic")
+    lines = torch.linspace(-1, 1, size)
+    grid = torch.stack(torch.meshgrid(lines, lines, indexing="ij")[::-1], -1)
+    grid = grid + field.permute(0, 2, 3, 1) * pixels * 2 / size
+    return functional.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=True)[
+        :, 0
+    ].byte()
+
+
+def test_real_outlines_are_like_others_and_deformed_ones_are_not(drawn: tuple[list[Scene], Rendered]) -> None:
+    known, one = sample_scenes(150, 20, num_objects=1), [s for s in drawn[0] if s.num_objects == 1]
+    bank = OutlineBank.of(render(known, 20).masks, known)
+    masks = drawn[1].masks[: len(one)]
+
+    def share_alike(masks: Tensor) -> float:
+        values = [value for row in overlaps(bank, masks, one) for value in row]
+        return sum(value >= 0.85 for value in values) / len(values)
+
+    assert share_alike(masks) == 1
+    assert share_alike(squashed(masks, 0.6)) < 0.2
+    assert share_alike(melted(masks, 4)) < 0.5
+    assert share_alike(torch.zeros_like(masks)) == 0
+
+
+def test_a_solid_that_is_missing_is_not_counted(drawn: tuple[list[Scene], Rendered]) -> None:
+    scenes, rendered = drawn
+    for scene, mask in zip(scenes, rendered.masks, strict=True):
+        without = mask.masked_fill(mask == scene.num_objects, 0)
+        assert num_solids(without) == scene.num_objects - 1
+
+
+def test_blur_costs_contrast_and_crispness(drawn: tuple[list[Scene], Rendered]) -> None:
+    images, masks = drawn[1].images, drawn[1].masks
+
+    def blurred(width: int) -> Tensor:
+        padded = functional.pad(images.permute(0, 3, 1, 2).float(), (width // 2,) * 4, mode="replicate")
+        return functional.avg_pool2d(padded, width, 1).permute(0, 2, 3, 1).round().byte()
+
+    assert edge_contrast(images, images, masks) == pytest.approx(1)
+    assert 0.9 > edge_contrast(blurred(3), images, masks) > edge_contrast(blurred(5), images, masks) > 0
+    assert crispness(images, masks) > 0.6
+    assert crispness(images, masks) > 1.5 * crispness(blurred(3), masks) > 2 * crispness(blurred(5), masks)
