@@ -70,7 +70,7 @@ class JobQueue:
             result_ttl_s: how long the record of a finished job is kept.
             archive: where to look for jobs that Redis does not know; None: nowhere.
             on_deadline: called with each job that this process's sweep has ended.
-            clock: unix ms; None: as Redis counts them, compared with each sweep.
+            clock: unix ms; None: as Redis counts them.
             observe: told how long Redis took for each operation of `API_OPS`.
         """
         self._redis = connect_async(url)
@@ -369,17 +369,13 @@ class JobQueue:
                 log.warning("queue sweep: %s", error)
 
     async def sweep(self) -> None:
-        """End jobs past their deadline, and wake the waiters of ended jobs whose reply got lost.
-
-        Runs by itself every SWEEP_S seconds.
-        """
+        """End jobs past their deadline, wake waiters of ended jobs whose reply got lost; every SWEEP_S."""
         await self._compare_clocks()
         await self.models()
         for model in list(self._known):
-            with suppress(OutOfMemoryError):  # a full Redis must not keep late jobs from ending
-                await self._calls.command(
-                    "HSETNX", MODELS_KEY, model, ""
-                )  # again, should Redis have lost its data
+            # Again, should Redis have lost its data; a full one must not keep late jobs from ending.
+            with suppress(OutOfMemoryError):
+                await self._calls.command("HSETNX", MODELS_KEY, model, "")
             for job_id in await self._call("expire", model, self.clock(), DEADLINE_GRACE_MS, 1000):
                 if job := await self._get_readable(job_id):
                     self._on_deadline(job)

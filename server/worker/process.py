@@ -121,17 +121,9 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         As `run_worker`.
     """
     manifest = pipeline.manifest
-    cost_ms = _cost_model(manifest, pipeline.backend)
     info = _worker_info(pipeline, _slowest_ms(manifest, pipeline.backend))
     clock = RedisClock()
-    queue = WorkerQueue(
-        settings.redis_url,
-        model=manifest.name,
-        version=manifest.version,
-        consumer=info.id,
-        clock=clock,
-        observe=metrics.observe_redis_op,
-    )
+    queue = _queue(settings, manifest, info, clock, metrics)
     spans = _start_spans(settings, pipeline, info, clock, metrics)
     heartbeat = _heartbeat(settings, queue, info, manifest, metrics)
     store = ResultStore(settings.store_url)
@@ -153,7 +145,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         metrics,
         spans,
         max_batch=manifest.max_batch,
-        cost_ms=cost_ms,
+        cost_ms=_cost_model(manifest, pipeline.backend),
         lease_s=settings.lease_s,
         stopping=stopping,
         settle=finisher.settle,
@@ -176,6 +168,19 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
     except QueueError as error:
         log.warning("ended while Redis was away; leases lapse by themselves: %s", error)
     return status
+
+
+def _queue(
+    settings: WorkerSettings, manifest: Manifest, info: WorkerInfo, clock: RedisClock, metrics: Metrics
+) -> WorkerQueue:
+    return WorkerQueue(
+        settings.redis_url,
+        model=manifest.name,
+        version=manifest.version,
+        consumer=info.id,
+        clock=clock,
+        observe=metrics.observe_redis_op,
+    )
 
 
 def _heartbeat(
