@@ -6,6 +6,8 @@
 #   docker build --target engines     -t tdm-engines .      distils, gates, builds bundles on a GPU: has a C++ compiler
 #   docker build --target engines-cpu -t tdm-engines-cpu .  the same without a GPU
 #
+# What is in one: docker run --rm -i --entrypoint python tdm-api - < deploy/sbom.py
+#
 # pip's default torch on Linux is the CUDA build, and brings CUDA along: of the host, GPU images want the driver and NVIDIA's container
 # toolkit. CPU images take torch from PyTorch's index of CPU builds, or from another one: --build-arg PIP_EXTRA_INDEX_URL=...
 

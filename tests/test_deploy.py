@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,24 @@ def test_prometheus_configuration_and_its_rules_are_valid() -> None:
 @pytest.mark.parametrize("name", ["causes", "slo", "slo_slow"])
 def test_alerts_fire_where_they_must_and_stay_silent_where_they_must(name: str) -> None:
     run(tool("promtool"), "test", "rules", f"deploy/prometheus/tests/{name}.yml")
+
+
+def test_bill_of_materials_names_every_distribution_and_package_once_and_in_order() -> None:
+    script = (ROOT / "deploy/sbom.py").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-"], input=script, check=True, capture_output=True
+    )  # as in an image
+    bill = json.loads(done.stdout)
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    components = bill["components"]
+    assert f"pkg:pypi/fastapi@{version('fastapi')}" in {one.get("purl") for one in components}
+    refs = [one["bom-ref"] for one in components]
+    assert refs == sorted(set(refs))
+    sbom = runpy.run_path(str(ROOT / "deploy/sbom.py"))
+    status = "Package: libc6\nStatus: install ok installed\nArchitecture: amd64\nVersion: 2:2.36-9+deb12u7\n"
+    gone = "Package: gone\nStatus: deinstall ok config-files\nArchitecture: amd64\nVersion: 1\n"
+    (libc,) = sbom["debian_components"](f"{status}\n{gone}", "debian-12")
+    assert libc["purl"] == "pkg:deb/debian/libc6@2%3A2.36-9%2Bdeb12u7?arch=amd64&distro=debian-12"
 
 
 def rules() -> list[dict[str, Any]]:

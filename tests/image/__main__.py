@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import yaml
@@ -31,13 +34,15 @@ from PIL import Image
 from server.supervisor.valkey import find_server
 from tests.image.containers import Container, leave_the_network
 from tests.image.dockerfile import read_stages
-from tests.image.layers import Builder, make_base
+from tests.image.layers import Builder, Built, make_base
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("debootstrap", "unshare", "setpriv", "ip", "chroot", "mount")
 NAMESPACES = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 URL = "http://127.0.0.1:8000"
 PATIENCE_S = 300.0
+UNPINNED = {"pip", "setuptools", "tdm-server"}
+"""What an environment begins with, and ourselves."""
 
 
 def wait_for(what: str, look: Callable[[], bool]) -> None:
@@ -80,6 +85,32 @@ def run_services(services: dict[str, Any], builder: Builder, folder: Path) -> No
         print(f"a picture: {picture.format}, {picture.width} x {picture.height}, {len(answer.content)} bytes")
 
 
+def check_contents(target: str, built: Built) -> None:
+    """Make an image's bill of materials, and compare it with what is pinned.
+
+    Raises:
+        AssertionError: something in it has another version, or is not pinned at all.
+    """
+    script = (ROOT / "deploy/sbom.py").read_bytes()
+    command: list[str | Path] = ["chroot", built.root, "python", "-"]
+    done = subprocess.run(command, input=script, env=built.environment, check=True, capture_output=True)
+    components = json.loads(done.stdout)["components"]
+    purls = [unquote(one["purl"]) for one in components if one.get("purl", "").startswith("pkg:pypi/")]
+    found = dict(purl.removeprefix("pkg:pypi/").split("@") for purl in purls)
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {one_name(name): number for name, _, number in (line.partition("==") for line in lines)}
+    print(f"{target}: {len(found)} distributions of Python, {len(components) - len(found)} other components")
+    loose = {
+        name for name, number in found.items() if pinned.get(name) != number.partition("+")[0]
+    } - UNPINNED
+    assert not loose, f"{target}: not as pinned: {sorted(loose)}"
+
+
+def one_name(name: str) -> str:
+    """How PyPI spells a distribution's name, however it is written."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def build_and_run(folder: Path, scratch: Path) -> None:
     """All of it, inside namespaces for mounts and processes; `scratch` takes what is not kept."""
     pip_cache = folder / "pip"
@@ -93,7 +124,8 @@ def build_and_run(folder: Path, scratch: Path) -> None:
     )
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
     for name in ("api", "worker", "bundle"):
-        builder.build(services[name]["build"]["target"])
+        target = services[name]["build"]["target"]
+        check_contents(target, builder.build(target))
     (scratch / "run").mkdir()
     leave_the_network()
     run_services(services, builder, scratch / "run")
