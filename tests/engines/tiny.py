@@ -209,40 +209,10 @@ def make_tiny_sdxl(
     tokenizers = [make_clip_tokenizer(pad_token) for pad_token in ("<|endoftext|>", "!")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        first, second = (
-            CLIPTextConfig(
-                vocab_size=len(tokenizers[0]),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=CLIP_TEXT_TOKENS,
-                projection_dim=24,
-                hidden_act=activation,
-                bos_token_id=len(tokenizers[0]) - 2,
-                eos_token_id=eos_token_id,
-            )
-            # the published second encoder counts on the largest id being the end
-            for activation, eos_token_id in (("quick_gelu", len(tokenizers[0]) - 1), ("gelu", 2))
-        )
+        # the published second encoder counts on the largest id being the end
+        first, second = _clip_config("quick_gelu", len(tokenizers[0]) - 1), _clip_config("gelu", 2)
         text_encoder, text_encoder_2 = CLIPTextModel(first), CLIPTextModelWithProjection(second)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            transformer_layers_per_block=(1, 1),
-            attention_head_dim=(2, 4),
-            norm_num_groups=8,
-            cross_attention_dim=64,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + 24,
-        )
+        unet = _make_unet()
         vae = _make_image_vae(4, **{"force_upcast": True, **(vae_config or {})})
         if student:
             make_time_embedding_step_aware(unet)
@@ -268,6 +238,42 @@ def make_tiny_sdxl(
     return _write(directory, pipeline, SDXL_STUDENT if student else None)
 
 
+def _clip_config(activation: str, eos_token_id: int) -> CLIPTextConfig:
+    vocab_size = len(make_clip_tokenizer("!"))
+    return CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_TEXT_TOKENS,
+        projection_dim=24,
+        hidden_act=activation,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=eos_token_id,
+    )
+
+
+def _make_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1),
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
+
+
 def make_tiny_cogvideox(
     directory: Path,
     *,
@@ -289,34 +295,8 @@ def make_tiny_cogvideox(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = _make_t5(len(tokenizer))
-        transformer = CogVideoXTransformer3DModel(
-            **{
-                "num_attention_heads": 2,
-                "attention_head_dim": 16,
-                "in_channels": 4,
-                "out_channels": 4,
-                "time_embed_dim": 16,
-                "text_embed_dim": 32,
-                "num_layers": 2,
-                "sample_width": 4,
-                "sample_height": 4,
-                "sample_frames": 9,
-                "patch_size": 2,
-                "max_text_seq_length": MAX_TEXT_TOKENS,
-                **(transformer_config or {}),
-            }
-        )
-        vae = AutoencoderKLCogVideoX(
-            block_out_channels=(8, 8, 8, 8),
-            latent_channels=4,
-            layers_per_block=1,
-            norm_num_groups=2,
-            temporal_compression_ratio=4,
-            sample_height=32,
-            sample_width=32,
-        )
-        with torch.no_grad():
-            vae.decoder.conv_out.conv.weight.mul_(4.0)
+        transformer = CogVideoXTransformer3DModel(**{**COGVIDEOX_TRANSFORMER, **(transformer_config or {})})
+        vae = _make_video_vae()
         if student:
             make_time_embedding_step_aware(transformer)
             with torch.no_grad():
@@ -340,6 +320,36 @@ def make_tiny_cogvideox(
     )
     return _write(directory, pipeline, COGVIDEOX_STUDENT if student else None)
 
+
+def _make_video_vae() -> AutoencoderKLCogVideoX:
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+        sample_height=32,
+        sample_width=32,
+    )
+    with torch.no_grad():
+        vae.decoder.conv_out.conv.weight.mul_(4.0)
+    return vae
+
+
+COGVIDEOX_TRANSFORMER: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 16,
+    "text_embed_dim": 32,
+    "num_layers": 2,
+    "sample_width": 4,
+    "sample_height": 4,
+    "sample_frames": 9,
+    "patch_size": 2,
+    "max_text_seq_length": MAX_TEXT_TOKENS,
+}
 
 STUDENT: dict[str, Any] = {
     "schema_version": 1,

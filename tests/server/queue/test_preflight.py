@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -368,81 +369,101 @@ async def whole_life(
     url: str, clock: Clock, new: Callable[..., Job], admin: redis.Redis | None = None
 ) -> None:
     """Every verb of the queue once, on both sides; `admin` may let leases lapse."""
-    queue, worker = (
-        JobQueue(url, clock=clock),
-        WorkerQueue(url, model=MODEL, version=VERSION, consumer="w1", clock=clock),
-    )
-    other = WorkerQueue(url, model=MODEL, version=VERSION, consumer="w2", clock=clock)
-    newer = WorkerQueue(url, model=MODEL, version="cccccccccccc", consumer="w3", clock=clock)
-    goes_by_redis = WorkerQueue(url, model=MODEL, version=VERSION, consumer="w4")
-    error = JobError(code="generation_failed", message="a reason")
-    try:
-        await queue.ping()
-        job = new("done")
-        await queue.enqueue(job, idempotency_key="k")
-        await queue.enqueue(new("done"), idempotency_key="k")
-        for prompt in ("failed", "handed back", "reclaimed"):
-            await queue.enqueue(new(prompt))
-        worker.beat(worker_info("w1", max_batch=2), "{}")
-        other.beat(worker_info("w2", max_batch=2), "{}")
-        for priority in (Priority.HIGH, Priority.LOW):  # the window is full: they wait for their turn
-            await queue.enqueue(new("in turn", priority=priority))
-        waits = new("cancelled before its turn")
-        await queue.enqueue(waits)
-        assert await queue.cancel(waits.id) is not None
-        answers = await queue.answers(MODEL, ended_before_ms=clock.now_ms + 1, limit=1)
-        assert await queue.forget(answers, kept_ms=1000) == 1
-        leases = worker.read(4, block_ms=1000)
-        assert len(leases) == 4
-        assert worker.hand_back(leases[2:3]) == 1
-        worker.look(leases[:2])
-        started = [begun.job for begun in worker.start([*leases[:2], leases[3]])]
-        assert all(started)
-        worker.extend({leases[0]: 50})
-        waiting = queue.wait(job.id, 0.01)
-        assert (await waiting) is not None
-        worker.complete(_known(started[0]), [], {})
-        worker.fail(_known(started[1]), error, {})
-        if admin is not None:
-            let_leases_lapse(admin)
-        taken = other.reclaim(8, 1000 if admin is not None else 0)
-        assert Lease(leases[3].entry, leases[3].job_id) in taken
-        queued = new("cancelled")
-        await queue.enqueue(queued)
-        await queue.position(queued)
-        assert await queue.cancel(queued.id) is not None
-        video = new("deleted", kind=JobKind.VIDEO)
-        await queue.enqueue(video)
-        for newest_first in (True, False):
-            jobs, _ = await queue.listing(
-                [MODEL], tenant="public", after=None, limit=1, newest_first=newest_first
-            )
-            assert [job.id for job in jobs] == [video.id]
-        assert await queue.delete(video.id) is not None
-        await queue.enqueue(new("late", deadline_s=1))
-        clock.now_ms += 600_000
-        await queue.sweep()
-        await queue.stats(MODEL)
-        await queue.models()
-        await queue.memory_use()
-        other.hand_back(other.read(8))
-        worker.leave()
-        other.beat(worker_info("w2"), "{}")
-        newer.beat(worker_info("w3", version="cccccccccccc"), "{}")
-        newer.leave()
-        goes_by_redis.beat(worker_info("w4"), "{}")
-        goes_by_redis.leave()
-        other.reclaim(1, 1000)  # its lane goes away
-        decide_on_versions(url, clock)
-        assert (await queue.wait(job.id, 0.01)) is not None
-        if admin is not None:  # what is finished makes room
-            admin.config_set("maxmemory", int(int(admin.info("memory")["used_memory"]) * 1.1))
-            await queue.enqueue(new("too many"))
-            admin.config_set("maxmemory", 0)
-    finally:
-        for one in (worker, other, newer, goes_by_redis):
-            one.close()
-        await queue.close()
+    queue = JobQueue(url, clock=clock)
+    with ExitStack() as ends:
+
+        def joined(name: str, version: str = VERSION, clock: Clock | None = clock) -> WorkerQueue:
+            one = WorkerQueue(url, model=MODEL, version=version, consumer=name, clock=clock)
+            ends.callback(one.close)
+            return one
+
+        worker, other = joined("w1"), joined("w2")
+        try:
+            job = await wait_in_line(queue, worker, other, clock, new)
+            await run_and_end(queue, worker, other, job, admin)
+            await cancel_list_and_delete(queue, clock, new)
+            other.hand_back(other.read(8))
+            worker.leave()
+            other.beat(worker_info("w2"), "{}")
+            newer = joined("w3", version="cccccccccccc")
+            newer.beat(worker_info("w3", version="cccccccccccc"), "{}")
+            newer.leave()
+            goes_by_redis = joined("w4", clock=None)
+            goes_by_redis.beat(worker_info("w4"), "{}")
+            goes_by_redis.leave()
+            other.reclaim(1, 1000)  # its lane goes away
+            decide_on_versions(url, clock)
+            assert (await queue.wait(job.id, 0.01)) is not None
+            if admin is not None:  # what is finished makes room
+                admin.config_set("maxmemory", int(int(admin.info("memory")["used_memory"]) * 1.1))
+                await queue.enqueue(new("too many"))
+                admin.config_set("maxmemory", 0)
+        finally:
+            await queue.close()
+
+
+async def wait_in_line(
+    queue: JobQueue, worker: WorkerQueue, other: WorkerQueue, clock: Clock, new: Callable[..., Job]
+) -> Job:
+    """Jobs come, wait for their turn, are cancelled and forgotten; the first of four that have a lane."""
+    await queue.ping()
+    job = new("done")
+    await queue.enqueue(job, idempotency_key="k")
+    await queue.enqueue(new("done"), idempotency_key="k")
+    for prompt in ("failed", "handed back", "reclaimed"):
+        await queue.enqueue(new(prompt))
+    worker.beat(worker_info("w1", max_batch=2), "{}")
+    other.beat(worker_info("w2", max_batch=2), "{}")
+    for priority in (Priority.HIGH, Priority.LOW):  # the window is full: they wait for their turn
+        await queue.enqueue(new("in turn", priority=priority))
+    waits = new("cancelled before its turn")
+    await queue.enqueue(waits)
+    assert await queue.cancel(waits.id) is not None
+    answers = await queue.answers(MODEL, ended_before_ms=clock.now_ms + 1, limit=1)
+    assert await queue.forget(answers, kept_ms=1000) == 1
+    return job
+
+
+async def run_and_end(
+    queue: JobQueue, worker: WorkerQueue, other: WorkerQueue, job: Job, admin: redis.Redis | None
+) -> None:
+    """Of the four with a lane one is completed, one fails, one is handed back and one is taken over."""
+    leases = worker.read(4, block_ms=1000)
+    assert len(leases) == 4
+    assert worker.hand_back(leases[2:3]) == 1
+    worker.look(leases[:2])
+    started = [begun.job for begun in worker.start([*leases[:2], leases[3]])]
+    assert all(started)
+    worker.extend({leases[0]: 50})
+    assert (await queue.wait(job.id, 0.01)) is not None
+    worker.complete(_known(started[0]), [], {})
+    worker.fail(_known(started[1]), JobError(code="generation_failed", message="a reason"), {})
+    if admin is not None:
+        let_leases_lapse(admin)
+    taken = other.reclaim(8, 1000 if admin is not None else 0)
+    assert Lease(leases[3].entry, leases[3].job_id) in taken
+
+
+async def cancel_list_and_delete(queue: JobQueue, clock: Clock, new: Callable[..., Job]) -> None:
+    """What clients ask beside pictures, and what the sweep does."""
+    queued = new("cancelled")
+    await queue.enqueue(queued)
+    await queue.position(queued)
+    assert await queue.cancel(queued.id) is not None
+    video = new("deleted", kind=JobKind.VIDEO)
+    await queue.enqueue(video)
+    for newest_first in (True, False):
+        jobs, _ = await queue.listing(
+            [MODEL], tenant="public", after=None, limit=1, newest_first=newest_first
+        )
+        assert [job.id for job in jobs] == [video.id]
+    assert await queue.delete(video.id) is not None
+    await queue.enqueue(new("late", deadline_s=1))
+    clock.now_ms += 600_000
+    await queue.sweep()
+    await queue.stats(MODEL)
+    await queue.models()
+    await queue.memory_use()
 
 
 def decide_on_versions(url: str, clock: Clock) -> None:
