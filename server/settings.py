@@ -34,28 +34,31 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     """Address the HTTP port and the metrics ports listen on."""
+    port: int = Field(default=8000, ge=0, le=65_535)
+    """HTTP port of the API and the page; 0 takes a free one and the ready line names it."""
     public_url: str = ""
     """Where clients reach the api, behind a proxy: links begin with it. Empty: as each request says."""
     cors_origins: str = ""
-    """Origins whose pages may call the api, separated by commas; `*`: all. Empty: none but our own."""
-    port: int = Field(default=8000, ge=0, le=65_535)
-    """HTTP port; 0 takes a free one and the ready line names it."""
+    """Origins whose pages may call the api, `https://ui.example.com`, separated by commas; `*`: all. Empty:
+    none but our own."""
     metrics_port: int = Field(default=9100, ge=0, le=65_000)
     """Prometheus port of the api process; worker i listens on `metrics_port + 1 + i`. 0 turns metrics off."""
     redis_url: str = ""
-    """`redis://`, `rediss://`, `unix://`, `redis+sentinel://`, `rediss+sentinel://` (deploy/README.md); empty
-    lets `up` start its own Valkey under `data_dir`."""
+    """Redis 7+ or Valkey 8+: `redis://`, `rediss://`, `unix://`, `redis+sentinel://`, `rediss+sentinel://`
+    (deploy/README.md). Empty: `up` starts a Valkey of its own under `data_dir`."""
     redis_wait_s: float = Field(default=30.0, ge=0, le=3600)
     """How long a starting process waits for a Redis that does not answer before it ends with status 1."""
     valkey_memory: str = Field(default="1gb", pattern=r"^[1-9][0-9]*(b|kb|mb|gb)?$")
-    """Memory limit of that Valkey. Above 80 % of it finished jobs are forgotten, the oldest first."""
+    """Memory limit of that Valkey, `512mb` or `2gb`. Above half of it answers of finished jobs move to the
+    store at once; above 80 % finished jobs are forgotten, the oldest first."""
     data_dir: Path = Path("data")
-    """Where the embedded Valkey, built bundles and results live."""
+    """Where the embedded Valkey's log, built bundles and results lie."""
     bundles: str = ""
-    """Bundle directories, or directories of bundles, separated by commas; empty serves the demo students."""
+    """Bundle directories, or directories of bundles, separated by commas; empty: the shipped
+    students."""
     bundle_key_file: Path | None = None
-    """File with the key that bundles must be signed with (`python -m engines sign`); empty takes any bundle.
-    Those of the demo students are built and signed with it."""
+    """File with the key that bundles must be signed with (`python -m engines sign`); empty: any bundle
+    is taken. Those of the shipped students are built and signed with it."""
     workers: int = Field(default=0, ge=0, le=256)
     """Worker processes; 0 or `auto`: for bundles built for a GPU one per GPU, for others one per CPU core, at
     most four; beside images, one more for each bundle for videos."""
@@ -83,8 +86,9 @@ class Settings(BaseSettings):
     """How long a finished job stays in Redis; where memory gets short, less. Then its answer lies beside its
     results and is read from there."""
     store_url: str = ""
-    """fsspec URL for results (`file://`, `s3://`, ...); empty means `data_dir/results`."""
+    """fsspec URL for results (`file://`, `s3://`, ...); empty: `data_dir/results`."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """From which severity on lines are logged, each one JSON object on stderr."""
     otlp_endpoint: str = ""
     """OTLP/HTTP collector that gets the traces, `http://collector:4318`; needs the extra `tracing`. Empty: no
     tracing."""

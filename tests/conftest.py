@@ -3,15 +3,17 @@
 import importlib.util
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from tests.reaper import start_reaper
-from tests.stamp import is_covered, is_current
+from tests.stamp import TESTS, is_covered, is_current
 from tests.watchdog import watch
 
 SLOW_FOLDERS = {"e2e", "failures"}
 """Tests with whole systems in processes of their own."""
+STAMPED = pytest.StashKey[bool]()
 SLOW_FIXTURES = {"compiled_bundle", "image_bundle", "both_bundle"}
 
 
@@ -43,27 +45,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storm", action="store_true", help="let the storms of tests/failures rage in full")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what has passed with the very same files (tests/stamp.py), unless it is asked for by name."""
+    return (is_covered(collection_path) and leaves_out_what_has_passed(config)) or None
+
+
+def leaves_out_what_has_passed(config: pytest.Config) -> bool:
+    """Whether this run does; it imports torch and diffusers in one process less for each that collects."""
+    if STAMPED not in config.stash:
+        named = any(is_covered(config.rootpath / argument.partition("::")[0]) for argument in config.args)
+        config.stash[STAMPED] = not named and not config.getoption("--all") and is_current()
+    return config.stash[STAMPED]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out."""
+    if leaves_out_what_has_passed(config):
+        terminalreporter.section("left out")
+        terminalreporter.line(
+            f"unchanged since they passed (tests/stamp.py): {', '.join(TESTS)}; --all runs them"
+        )
+
+
 @pytest.hookimpl(tryfirst=True)  # before those who choose by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow, and let its files begin: at the end they would keep one core busy alone."""
     for item in items:
         if SLOW_FOLDERS & set(item.path.parts) or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
-    if not items or not items[0].config.getoption("--all"):
-        leave_out_what_has_passed(items)
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
     skip_what_cannot_run(items)
-
-
-def leave_out_what_has_passed(items: list[pytest.Item]) -> None:
-    """Skip slow tests of engines that have passed with the very same files (tests/stamp.py)."""
-    slow = [item for item in items if is_covered(item.path) and item.get_closest_marker("slow")]
-    if slow and is_current():
-        for item in slow:
-            item.add_marker(
-                pytest.mark.skip(reason="unchanged since it passed (tests/stamp.py); --all runs it")
-            )
 
 
 def skip_what_cannot_run(items: list[pytest.Item]) -> None:

@@ -13,7 +13,7 @@ import httpx
 import s3fs
 
 BUCKET = "results"
-TIMEOUT_S = 280.0
+TIMEOUT_S = 560.0
 
 
 def environment_of(port: int) -> dict[str, str]:

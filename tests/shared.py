@@ -8,11 +8,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from server.supervisor.bundles import shipped_student
-from tests.engines.tiny import make_tiny_checkpoint
+
+
+def make_tiny_checkpoint(directory: Path, **options: Any) -> Path:
+    """What the function of this name in `tests.engines.tiny` writes; it imports diffusers when it is called.
+
+    For tests that are collected without the heavy libraries: they would cost each of xdist's processes 5 s.
+    """
+    from tests.engines import tiny
+
+    return tiny.make_tiny_checkpoint(directory, **options)
+
+
+def make_tiny_cogvideox(directory: Path, **options: Any) -> Path:
+    """The same of a student for clips."""
+    from tests.engines import tiny
+
+    return tiny.make_tiny_cogvideox(directory, **options)
 
 
 def once_per_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -75,4 +92,4 @@ def _build(student: Path, out: Path, *options: str) -> None:
 
 
 def _engines(*command: str) -> None:
-    subprocess.run([sys.executable, "-m", "engines", *command], check=True, timeout=900)
+    subprocess.run([sys.executable, "-m", "engines", *command], check=True, timeout=1100)

@@ -1,8 +1,9 @@
-"""A stamp for tests that cost much and concern little: the slow ones of `engines` and of what measures it.
+"""A stamp for tests that cost much and concern little: those of `engines` and of what measures it.
 
 They compile, export and train for a third of a whole run's time, and depend on nothing but what is hashed
-here. Once they have passed, `python -m tests.stamp` writes the hash down; as long as it is the same, a run
-leaves them out and says so, and `--all` runs them. A change in any of these files runs them again by itself.
+here. Once they have passed, `python -m tests.stamp` writes the hash down; as long as it is the same, a run of
+everything leaves them out and says so. `--all` runs them, and so does naming one. A change in any of these
+files runs them again by itself.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ STAMP = ROOT / "tests/engines/passed.sha256"
 TESTS = ("tests/engines", "tests/test_distill_benchmark.py", "tests/test_witness.py")
 DEPENDS_ON = (
     *TESTS,
-    *("engines", "loadtests/distill", "loadtests/witness", "loadtests/machine.py", "loadtests/gpu.sh"),
-    *("tests/shared.py", "tests/ports.py", "constraints.txt", "pyproject.toml"),
+    *("engines", "loadtests/distill", "loadtests/witness", "loadtests/machine.py", "loadtests/process.py"),
+    *("loadtests/gpu.sh", "tests/conftest.py", "tests/shared.py", "tests/ports.py"),
+    *("constraints.txt", "pyproject.toml"),
 )
 
 
@@ -40,7 +42,7 @@ def digest() -> str:
 
 
 def is_covered(test: Path) -> bool:
-    """Whether a file of tests is one of them."""
+    """Whether a file of tests is one of them, or a folder that holds nothing else."""
     return any((ROOT / name) in (test, *test.parents) for name in TESTS)
 
 

@@ -92,7 +92,7 @@ def run_smoke(base_url: str) -> subprocess.CompletedProcess[str]:
         check=False,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,
     )
 
 
@@ -143,7 +143,7 @@ def run_load(system: System, out: Path, *options: str) -> subprocess.CompletedPr
         check=False,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,
     )
 
 
@@ -189,7 +189,7 @@ def test_ctrl_c_ends_k6_and_writes_what_there_is(system: System, tmp_path: Path)
     ) as process:
         poll(lambda: load.num_lines(tmp_path / "image_steady.jobs") >= 5)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=280) == 130
+        assert process.wait(timeout=560) == 130
     result = result_of(tmp_path, "image_steady")
     assert result["interrupted"]
     assert result["k6_status"] == 105

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.engines.distilling import settings
-from tests.engines.tiny import make_tiny_checkpoint
 from tests.ports import reserve_port
+from tests.shared import make_tiny_checkpoint
 from tests.test_kubernetes import ROOT, of_kind
 
 TIMEOUT_S = 500.0
@@ -32,6 +31,8 @@ def told_by_the_operator(elastic: dict[str, Any], address: str) -> dict[str, str
 
 @pytest.mark.slow
 def test_nodes_find_each_other_and_distil_one_student(tmp_path: Path) -> None:
+    from tests.engines.distilling import settings  # loads torch
+
     (job,) = of_kind("distill", "PyTorchJob")
     workers = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     _, per_node, *command = workers["template"]["spec"]["containers"][0]["command"]

@@ -20,15 +20,15 @@ import psutil
 import pytest
 from PIL import Image
 
-from server.settings import Settings
+from server.settings_table import with_table
 from tests.shared import clips_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:8000"
 
-READY_TIMEOUT_S = 600
-STOP_TIMEOUT_S = 60
+READY_TIMEOUT_S = 1100
+STOP_TIMEOUT_S = 240
 
 
 def blocks(language: str) -> list[str]:
@@ -43,7 +43,7 @@ def block_with(language: str, text: str) -> str:
 
 def output(*command: str, cwd: Path, env: dict[str, str] | None = None) -> str:
     """Standard output of a command that must succeed."""
-    done = subprocess.run(command, cwd=cwd, env=env, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=env, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -156,7 +156,7 @@ def pixels_of(path: Path) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_new_user_serves_asks_for_a_picture_and_a_clip_and_stops(
     checkout: Path, user_environment: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -223,15 +223,7 @@ def test_engine_command_exists_with_its_options(verb: str, options: list[str]) -
 
 
 def test_settings_table_says_what_the_settings_are() -> None:
-    rows = re.findall(r"^\| (`TDM_.*?) \| (.*?) \|", README, flags=re.MULTILINE)
-    assert rows
-    for names, defaults in rows:
-        fields = [name.removeprefix("TDM_").lower() for name in re.findall(r"`(\w+)`", names)]
-        values = re.findall(r"`(.*?)`", defaults) or [""]
-        for field, value in zip(fields, values, strict=True):
-            default = Settings.model_fields[field].default
-            default = "" if default is None else default
-            assert value.removeprefix("./") == str(default), f"{field}: README {value!r}, code {default!r}"
+    assert with_table(README) == README, "python -m server.settings_table README.md"
 
 
 def test_links_lead_somewhere() -> None:

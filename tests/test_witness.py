@@ -20,7 +20,7 @@ from loadtests.witness.tensorrt import judge
 from tests.engines.ort import session_of
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 RUNNER = Path(__file__).parent.parent / "loadtests" / "witness" / "tensorrt.py"
 

@@ -19,6 +19,11 @@ Reply = tuple[int, int]
 DRIFT = 2e-4
 """How much two clocks may part, as a share of the time since they were compared; quartz is far better."""
 
+GOOD_MS = 1.0
+MAX_QUESTIONS = 5
+"""An answer that was a while on its way, on a busy machine, says little: a comparison asks again until it
+knows the time to `GOOD_MS`, but no more often than that."""
+
 
 def system_now_ms() -> int:
     """Unix time in ms by this machine's own clock."""
@@ -66,15 +71,26 @@ class RedisClock:
         """Ask Redis, and go by its answer from now on.
 
         Args:
-            ask: a client's `time`. What it raises is passed on, and nothing changes.
+            ask: a client's `time`. What it raises is passed on; what was heard until then counts.
         """
-        asked_at = self._ticks()
-        self._hear(asked_at, ask())
+        for _ in range(MAX_QUESTIONS):
+            asked_at = self._ticks()
+            self._hear(asked_at, ask())
+            if self.error_ms <= GOOD_MS:
+                break
 
     async def compare_async(self, ask: Callable[[], Awaitable[Reply]]) -> None:
         """The same with a client of an event loop."""
-        asked_at = self._ticks()
-        self._hear(asked_at, await ask())
+        for _ in range(MAX_QUESTIONS):
+            asked_at = self._ticks()
+            self._hear(asked_at, await ask())
+            if self.error_ms <= GOOD_MS:
+                break
+
+    @property
+    def error_ms(self) -> float:
+        """How far from Redis's clock this one can be by now; infinite before the first comparison."""
+        return self._error_ms + DRIFT * (self._ticks() - self._compared_at)
 
     def _hear(self, asked_at: float, reply: Reply) -> None:
         """Redis read its clock at some moment between question and answer: half of that time is the error.
@@ -85,6 +101,6 @@ class RedisClock:
         now = self._ticks()
         ahead_ms = reply[0] * 1000 + reply[1] / 1000 - (asked_at + now) / 2
         error_ms = (now - asked_at) / 2
-        known_error_ms = self._error_ms + DRIFT * (now - self._compared_at)
+        known_error_ms = self.error_ms
         if error_ms <= known_error_ms or abs(ahead_ms - self._ahead_ms) > error_ms + known_error_ms:
             self._compared_at, self._ahead_ms, self._error_ms = now, ahead_ms, error_ms

@@ -22,7 +22,7 @@ from tests.server.conftest import pace
 T = TypeVar("T")
 
 # Patience, not expectation: shared machines can be very slow, and a dead system is noticed at once.
-TIMEOUT_S = 280.0
+TIMEOUT_S = 560.0
 
 
 def poll(look: Callable[[], T | None], timeout_s: float = TIMEOUT_S) -> T:

@@ -17,7 +17,7 @@ from engines.captions import read_captions
 from engines.distill.config import read_config
 from tests.e2e.system import System, poll
 from tests.e2e.test_page import needs_browser, open_page
-from tests.engines.tiny import make_tiny_checkpoint
+from tests.shared import make_tiny_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 OWN = EXAMPLES / "own_model"

@@ -23,8 +23,7 @@ import pytest
 from engines.bundle.integrity import content_version, hash_files
 from engines.bundle.manifest import read_manifest, write_manifest
 from tests.e2e.system import TIMEOUT_S, System, poll, running, still_running
-from tests.engines.tiny import make_tiny_checkpoint
-from tests.shared import compile_bundle
+from tests.shared import compile_bundle, make_tiny_checkpoint
 
 NUM_CLIENTS = 4
 

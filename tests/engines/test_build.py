@@ -44,7 +44,7 @@ from tests.engines.doubling import BUCKET
 from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
 
 # The compiler takes a minute on a quiet machine.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def test_bundle_without_compiled_code_says_so(eager_bundle: Path) -> None:

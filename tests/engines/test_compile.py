@@ -23,7 +23,7 @@ from tests.engines.doubling import BUCKET
 from tests.engines.tiny import make_tiny_checkpoint
 
 # The compiler takes a minute on a quiet machine.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def test_compiled_bundle_is_complete_and_fits_this_machine(compiled_bundle: Path) -> None:

@@ -18,7 +18,7 @@ from engines.bundle.manifest import read_manifest
 from tests.engines.tiny import make_tiny_checkpoint
 
 # A real compilation may have to run first.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 COMMANDS = ["demo-teacher", "distill", "gate", "build", "verify", "inspect", "bench"]
 

@@ -21,7 +21,7 @@ from engines.runtime.cuda_graphs import boundary_bytes
 from engines.runtime.memory import FRACTION, MemoryLine, MemoryPlan, plan_memory
 from engines.runtime.scratch import LiveBytes, load_without_memory, peak_of
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 META = torch.device("meta")
 

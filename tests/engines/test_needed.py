@@ -17,7 +17,7 @@ from tests.engines.conftest import BATCH_SIZES
 from tests.engines.tiny import make_tiny_checkpoint
 
 # The compiler takes a minute on a quiet machine.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def reason(student: Path, bundle: Path, *, backends: tuple[Backend, ...] = (Backend.EAGER,)) -> str | None:

@@ -26,7 +26,7 @@ from engines.schedule import NoiseSchedule
 from tests.engines.batches import MIXED, TOLERANCE, difference, make_sample
 
 # A real compilation may have to run first.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture(scope="module", params=["eager", "aotinductor"])

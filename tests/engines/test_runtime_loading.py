@@ -22,7 +22,7 @@ from tests.engines.published_form import as_published
 from tests.engines.test_memory import with_peaks
 
 # A real compilation may have to run first.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def test_compiled_code_that_does_not_fit_makes_way_for_eager(

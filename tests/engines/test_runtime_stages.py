@@ -15,7 +15,7 @@ from engines.runtime.stages import EagerEngine, Stage, pick_engine
 from tests.engines.batches import BUCKET
 
 # A real compilation may have to run first.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 # --- stages ---

@@ -31,7 +31,7 @@ from engines.runtime.tensorrt import import_tensorrt
 from tests.engines import fake_tensorrt
 from tests.engines.plans import BATCHES, BUCKET, OLDEST, with_gpu
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from engines.errors import CompileError
 from tests.engines import fake_tensorrt
 from tests.engines.plans import NEWEST, OLDEST, job_for, with_gpu
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture(scope="module")

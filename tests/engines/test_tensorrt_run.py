@@ -17,7 +17,7 @@ from engines.runtime.tensorrt import Scratch, TensorRtStages
 from tests.engines import fake_tensorrt
 from tests.engines.plans import CPU, NEWEST, OLDEST, engine_of, text_inputs
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2400)
 
 
 def test_run_sets_everything_once_per_batch_size_and_the_inputs_each_time(

@@ -15,10 +15,9 @@ from engines.compile.build import build_bundle, num_pieces
 from engines.compile.progress import BuildProgress
 from engines.compile.settings import BuildSettings
 from server.supervisor.valkey import find_server
-from tests.engines.tiny import make_tiny_checkpoint
 from tests.failures.deployment import Deployment
 from tests.failures.processes import RedisServer
-from tests.shared import once_per_run
+from tests.shared import make_tiny_checkpoint, once_per_run
 
 MAX_BATCH = 8
 

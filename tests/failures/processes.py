@@ -29,7 +29,7 @@ from tests.failures.skew import SKEW
 from tests.server.conftest import poll
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 240.0
+PATIENCE_S = 560.0
 """How long tests wait for what must come. Not an expectation: shared machines can be very slow."""
 
 

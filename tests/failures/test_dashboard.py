@@ -26,14 +26,13 @@ from server.metrics import Metrics
 from server.settings import Settings
 from server.supervisor.valkey import find_server
 from server.worker.series import begin_series
-from tests.engines.tiny import make_tiny_cogvideox
 from tests.failures.conftest import build_eager
 from tests.failures.deployment import MODEL, Deployment
 from tests.failures.engine import LETHAL
 from tests.failures.processes import PATIENCE_S, ROOT, Api, RedisServer, Worker
 from tests.prometheus import PERIOD_S, Prometheus, running_prometheus
 from tests.server.conftest import poll
-from tests.shared import once_per_run
+from tests.shared import make_tiny_cogvideox, once_per_run
 
 VIDEO_MODEL = "tiny-cogvideox"
 VIDEOS_DRAWN = 'tdm_job_e2e_seconds_count{kind="video",outcome="done"}'

@@ -10,8 +10,8 @@ from server.queue.connection import connect
 from server.queue.job_queue import JobQueue
 from server.settings import WorkerSettings
 from server.store import ResultStore
-from tests.engines.tiny import make_tiny_checkpoint, make_tiny_cogvideox
 from tests.server.worker.running import MAX_BATCH, ObservedPipeline, RunningWorker, build, load
+from tests.shared import make_tiny_checkpoint, make_tiny_cogvideox
 
 
 @pytest.fixture(scope="session")
