@@ -37,7 +37,13 @@ NEVER: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     (
         "loadtests",
         ("server", "engines", "tests"),
-        ("loadtests/queue/", "loadtests/distill/", "loadtests/witness/", "loadtests/scaling/"),
+        (
+            "loadtests/queue/",
+            "loadtests/distill/",
+            "loadtests/gpu/",
+            "loadtests/witness/",
+            "loadtests/scaling/",
+        ),
     ),
     ("loadtests.queue", ("engines", "tests", "torch"), ("loadtests/queue/ours.py",)),
     ("loadtests.queue", tuple(f"engines.{room}" for room in HEAVY_ROOMS), ()),

@@ -15,6 +15,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "out": Path("runs/demo-video"), "scenes": 24, "judge_steps": 2500, "vae_steps": 2500,
         "teacher_steps": 6500, "batch": 64, "layers": 6, "heads": 3,
     },
+    "studio": {
+        "out": Path("runs/demo-studio"), "scenes": 24, "judge_steps": 2500, "vae_steps": 5000,
+        "teacher_steps": 20_000, "batch": 64, "layers": 6, "heads": 6,
+    },
 }  # fmt: skip
 """What options are that are not given, by kind of teacher."""
 
@@ -25,14 +29,18 @@ def add_demo_parser(commands: Any) -> None:  # argparse does not name the type o
         "demo-teacher",
         help="render captioned scenes and train the demo teacher on them",
         description="Render captioned scenes or clips, train a judge that reads them, the VAE and the "
-        "teacher, and write the teacher as a diffusers directory: a PixArtAlphaPipeline that draws pictures, "
-        "or a CogVideoXPipeline that draws clips. Every stage continues where it was interrupted; a finished "
-        "one is skipped. Two shells may run different stages at once.",
+        "teacher, and write the teacher as a diffusers directory: a PixArtAlphaPipeline that draws pictures "
+        "(kinds image and studio), or a CogVideoXPipeline that draws clips. Every stage continues where it "
+        "was interrupted; a finished one is skipped. Two shells may run different stages at once.",
     )
 
     def add(option: str, text: str, of: Callable[[str], Any] = int) -> None:
-        image, video = (DEFAULTS[kind][option.replace("-", "_")] for kind in DEFAULTS)
-        default = f"{image}" if image == video else f"{image}; video: {video}"
+        image, *others = values = [DEFAULTS[kind][option.replace("-", "_")] for kind in DEFAULTS]
+        default = f"{image}"
+        if len(set(values)) > 1:
+            default += "".join(
+                f"; {kind}: {value}" for kind, value in zip([*DEFAULTS][1:], others, strict=True)
+            )
         parser.add_argument(f"--{option}", type=of, default=None, help=f"{text} (default: {default})")
 
     parser.add_argument(
@@ -61,6 +69,8 @@ def _run(args: argparse.Namespace) -> int:
             setattr(args, option, value)
     if args.kind == "video":
         from engines.demo.video.recipe import run_recipe
+    elif args.kind == "studio":
+        from engines.demo.studio.recipe import run_recipe
     else:
         from engines.demo.recipe import run_recipe
     return run_recipe(args)

@@ -23,11 +23,11 @@ LATENT_CHANNELS = 16
 
 @dataclass(frozen=True, slots=True)
 class PatchCode:
-    """Principal components of patches: a linear code (16, 8, 8) of a 64 x 64 picture.
+    """Principal components of patches: a linear code (C, H / 8, W / 8) of a picture.
 
     Attributes:
         mean: (192,) of a flattened patch of a picture in [-1, 1].
-        encode_matrix: (16, 192); the standard deviation of a channel is the square root of its component's,
+        encode_matrix: (C, 192); the standard deviation of a channel is the square root of its component's,
             so that coarse components stay louder than fine ones, and the whole code has unit variance.
     """
 
@@ -35,28 +35,26 @@ class PatchCode:
     encode_matrix: Tensor
 
     @classmethod
-    def fit(cls, images: Tensor) -> "PatchCode":
-        """From (N, 64, 64, 3) uint8 pictures."""
+    def fit(cls, images: Tensor, channels: int = LATENT_CHANNELS) -> "PatchCode":
+        """From (N, H, W, 3) uint8 pictures."""
         patches = _patches(to_input(images)).double()
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-        values, vectors = values.flip(0)[:LATENT_CHANNELS], vectors.flip(1)[:, :LATENT_CHANNELS]
+        values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
         scale = values**-0.25
         scale = scale / (values * scale**2).mean().sqrt()
         return cls(mean.float(), (vectors * scale).T.contiguous().float())
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 64, 64, 3) uint8 to (B, 16, 8, 8) fp32."""
+        """(B, H, W, 3) uint8 to (B, C, H / 8, W / 8) fp32."""
         x = to_input(images)
-        kernel = self.encode_matrix.view(LATENT_CHANNELS, 3, PATCH, PATCH)
+        kernel = self.encode_matrix.view(-1, 3, PATCH, PATCH)
         return functional.conv2d(x, kernel, -(self.encode_matrix @ self.mean), stride=PATCH)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The best linear reconstruction, (B, 3, 64, 64) in [-1, 1]; what the decoder has to beat."""
+        """The best linear reconstruction, (B, 3, H, W) in [-1, 1]; what the decoder has to beat."""
         inverse = torch.linalg.pinv(self.encode_matrix).T.contiguous()
-        out = functional.conv_transpose2d(
-            latents, inverse.view(LATENT_CHANNELS, 3, PATCH, PATCH), stride=PATCH
-        )
+        out = functional.conv_transpose2d(latents, inverse.view(-1, 3, PATCH, PATCH), stride=PATCH)
         return out + self.mean.view(3, PATCH, PATCH).repeat(1, latents.shape[2], latents.shape[3])
 
 

@@ -19,7 +19,7 @@ SHARD_SIZE = 1000
 
 
 class Shards(Protocol):
-    """A fixed set of pictures or clips, drawn `SHARD_SIZE` at a time."""
+    """A fixed set of pictures or clips, drawn a shard at a time."""
 
     @property
     def num_shards(self) -> int: ...
@@ -29,7 +29,7 @@ class Shards(Protocol):
         ...
 
     def draw_shard(self, shard: int) -> Tensor:
-        """Draw (SHARD_SIZE, ...) uint8."""
+        """Draw (pictures of a shard, ...) uint8; all shards have the same number."""
         ...
 
 
@@ -106,7 +106,8 @@ def render_set(
                 if on_shard is not None:
                     on_shard(done, len(paths))
     first = np.load(paths[0], allow_pickle=False)
-    pictures = np.empty((len(paths) * SHARD_SIZE, *first.shape[1:]), dtype=np.uint8)
+    size = len(first)
+    pictures = np.empty((len(paths) * size, *first.shape[1:]), dtype=np.uint8)
     for shard, path in enumerate(paths):
-        pictures[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE] = np.load(path, allow_pickle=False)
+        pictures[shard * size : (shard + 1) * size] = np.load(path, allow_pickle=False)
     return pictures

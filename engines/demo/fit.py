@@ -39,6 +39,8 @@ class FitConfig:
         save_every: steps between checkpoints.
         seed: step i draws from generator (seed, i), so a resumed run sees the same batches.
         device: where the modules are trained; random numbers are drawn on the CPU whatever it is.
+        max_seconds: training ends after so long, interruptions left out, if that is before `num_steps`; the
+            learning rate falls accordingly.
     """
 
     num_steps: int
@@ -50,13 +52,15 @@ class FitConfig:
     save_every: int = 500
     seed: int = 0
     device: str = "cpu"
+    max_seconds: float = math.inf
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step."""
+    def rate(self, step: int, elapsed: float = 0.0) -> float:
+        """Learning rate of a step that begins after so many seconds of training."""
         warm_up = max(1, min(200, self.num_steps // 50))
         if step < warm_up:
             return self.learning_rate * (step + 1) / warm_up
         share = (step - warm_up) / max(1, self.num_steps - warm_up)
+        share = min(1.0, max(share, elapsed / self.max_seconds))
         return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
@@ -84,18 +88,20 @@ class _Weights:
             fused=True,
         )
 
-    def save(self, path: Path, step: int) -> None:
+    def save(self, path: Path, step: int, elapsed: float) -> None:
         tensors: dict[str, Tensor] = {f"weight.{key}": p.detach() for key, p in self.live.items()}
         tensors |= {f"average.{key}": p for key, p in self.average.items()}
         for moment in ("exp_avg", "exp_avg_sq"):
-            tensors |= {f"{moment}.{key}": self.optimizer.state[p][moment] for key, p in self.live.items()}
+            for key, p in self.live.items():  # what no step has reached yet has no moments
+                tensors[f"{moment}.{key}"] = self.optimizer.state[p].get(moment, torch.zeros_like(p))
         partial = path.with_suffix(".part")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, {"step": str(step)})
+        done = {"step": str(step), "seconds": f"{elapsed:.3f}"}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, partial, done)
         partial.replace(path)
 
     @torch.no_grad()
-    def load(self, path: Path) -> int:
-        stored, step = _read(path)
+    def load(self, path: Path) -> tuple[int, float]:
+        stored, step, elapsed = _read(path)
         for key, p in self.live.items():
             p.copy_(stored[f"weight.{key}"])
             self.average[key].copy_(stored[f"average.{key}"])
@@ -104,7 +110,7 @@ class _Weights:
                 "exp_avg": stored[f"exp_avg.{key}"].to(p),
                 "exp_avg_sq": stored[f"exp_avg_sq.{key}"].to(p),
             }
-        return step
+        return step, elapsed
 
     def descend(self, loss: Tensor, *, rate: float, clip: float) -> None:
         """One optimizer step along the clipped gradient."""
@@ -125,14 +131,16 @@ class _Weights:
             p.copy_(self.average[key])
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], int]:
+def _read(path: Path) -> tuple[dict[str, Tensor], int, float]:
     with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, int(file.metadata()["step"])  # noqa: SIM118
+        done = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, int(done["step"]), float(done.get("seconds", 0))
 
 
 def load_average(path: Path, modules: Mapping[str, nn.Module]) -> None:
     """Put the averaged weights of a checkpoint of `fit` into modules built alike, finished or not."""
-    stored, _ = _read(path)
+    stored, *_ = _read(path)
     with torch.no_grad():
         for name, module in modules.items():
             for key, p in module.named_parameters():
@@ -178,19 +186,23 @@ def fit(
         module.to(config.device)
     path = directory / f"{name}.safetensors"
     weights = _Weights(modules, config)
-    start = weights.load(path) if path.exists() else 0
+    start, before = weights.load(path) if path.exists() else (0, 0.0)
     smooth, began = math.nan, time.monotonic()
+    elapsed = before
     log_path = directory / f"{name}.jsonl"
     with _progress() as progress, log_path.open("a", encoding="utf-8") as log:
         task = progress.add_task(name, total=config.num_steps, completed=start, loss=math.nan)
         for step in range(start, config.num_steps):
+            if elapsed >= config.max_seconds:
+                break
             value = loss(torch.Generator().manual_seed(config.seed * 1_000_003 + step))
             if not torch.isfinite(value):
                 raise TrainingError(f"{name}: loss is {value.item()} at step {step}; kept: {path}")
-            weights.descend(value, rate=config.rate(step), clip=config.clip)
+            weights.descend(value, rate=config.rate(step, elapsed), clip=config.clip)
             weights.follow(min(config.ema_decay, (step + 1) / (step + 10)))
             smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
             progress.update(task, completed=step + 1, loss=smooth)
+            elapsed = before + time.monotonic() - began
             if (step + 1) % 50 == 0:
                 row = {
                     "step": step + 1,
@@ -199,8 +211,9 @@ def fit(
                 }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-            if (step + 1) % config.save_every == 0 or step + 1 == config.num_steps:
-                weights.save(path, step + 1)
+            last = step + 1 == config.num_steps or elapsed >= config.max_seconds
+            if (step + 1) % config.save_every == 0 or last:
+                weights.save(path, step + 1, elapsed)
     weights.settle()
     for module in modules.values():
         module.to("cpu")

@@ -206,3 +206,45 @@ def test_shipped_student_draws_each_prompt_that_it_offers_nine_times_out_of_ten(
 def test_prompts_offered_are_those_of_the_config_that_trains_the_student() -> None:
     offered = json.loads((CHECKPOINTS / "scenes-student" / "student.json").read_text())["examples"]
     assert tuple(offered) == read_config(CONFIGS / "scenes.yaml").examples
+
+
+def test_training_ends_when_its_time_is_up_and_stays_ended(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    calls = []
+    config = FitConfig(num_steps=100, learning_rate=0.1, max_seconds=1e-9)
+
+    def run() -> nn.Linear:
+        layer = nn.Linear(2, 2)
+
+        def loss(rng: torch.Generator) -> torch.Tensor:
+            calls.append(1)
+            out: torch.Tensor = layer(torch.randn(4, 2, generator=rng)).square().mean()
+            return out
+
+        fit("line", {"layer": layer}, loss, config, tmp_path)
+        return layer
+
+    first = run()
+    assert len(calls) == 1
+    assert torch.equal(first.weight, run().weight)
+    assert len(calls) == 1
+
+
+def test_the_learning_rate_falls_with_time_where_time_ends_training() -> None:
+    config = FitConfig(num_steps=1_000_000, learning_rate=1.0, max_seconds=100)
+    early, late, over = (config.rate(300, elapsed) for elapsed in (0, 60, 150))
+    assert early == pytest.approx(1, abs=1e-3)
+    assert early > late > over == pytest.approx(0.02)
+
+
+def test_weights_that_no_step_has_reached_are_kept_as_they_are(tmp_path: Path) -> None:
+    modules = {"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2)}
+    idle = modules["idle"].weight.detach().clone()
+
+    def loss(rng: torch.Generator) -> torch.Tensor:
+        out: torch.Tensor = modules["used"](torch.randn(4, 2, generator=rng)).square().mean()
+        return out
+
+    for num_steps in (1, 2):
+        fit("part", modules, loss, FitConfig(num_steps=num_steps, learning_rate=0.1), tmp_path)
+    assert torch.equal(modules["idle"].weight, idle)

@@ -1,6 +1,7 @@
 """The studio's scenes, captions, pictures and outlines."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engines.demo.scenes import HELD_OUT_PAIRS, SHAPES
+from engines.demo.codec import PatchCode
+from engines.demo.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES
 from engines.demo.studio.captions import MAX_TOKENS, caption, make_tokenizer, scene_said_by
+from engines.demo.studio.exam import GROUPS, ask, marks_of, spoilt_pictures
 from engines.demo.studio.outlines import OutlineBank, crispness, edge_contrast, num_solids, overlaps
+from engines.demo.studio.reader import Eye, Look, Reader, answers, scene_of
 from engines.demo.studio.renderer import Rendered, render
 from engines.demo.studio.scenes import GROUNDS, MATERIALS, SKIES, VIEWS, Scene, Solid, sample_scenes
+from engines.demo.studio.teachers import (
+    TeacherConfig,
+    TokenReader,
+    make_lessons,
+    make_transformer,
+    mirrored_masks,
+    written_captions,
+)
+from engines.demo.studio.text import D_MODEL, TRAIN_TOKENS, CaptionReader, captions_to_read
 
 CUBE = Solid("cube", "red", "large", "matte")
 BALL = Solid("sphere", "blue", "small", "metal")
@@ -219,3 +232,126 @@ def test_blur_costs_contrast_and_crispness(drawn: tuple[list[Scene], Rendered]) 
     assert 0.9 > edge_contrast(blurred(3), images, masks) > edge_contrast(blurred(5), images, masks) > 0
     assert crispness(images, masks) > 0.6
     assert crispness(images, masks) > 1.5 * crispness(blurred(3), masks) > 2 * crispness(blurred(5), masks)
+
+
+def test_mirrored_masks_are_those_of_the_mirrored_scene(drawn: tuple[list[Scene], Rendered]) -> None:
+    scenes, rendered = drawn
+    masks = mirrored_masks(rendered.masks, scenes)
+    for scene, mask in zip(scenes, masks, strict=True):
+        middles = [
+            (mask == slot + 1).nonzero()[:, 1].float().mean().item() for slot in range(scene.num_objects)
+        ]
+        if scene.mirrored().place in ("left of", "row"):
+            assert middles == sorted(middles)
+    assert torch.equal(mirrored_masks(masks, [scene.mirrored() for scene in scenes]), rendered.masks)
+
+
+def test_a_tokens_place_shows_what_the_mask_says() -> None:
+    scene = Scene((CUBE, BALL), "left of", "wood", "day", "level")
+    drawn = render([scene], 1)
+    code = PatchCode.fit(drawn.images, 32)
+    lessons = make_lessons(drawn.images, drawn.masks, [scene], code, TeacherConfig(patch_size=2))
+    assert lessons.latents.shape == (2, 32, 12, 12)
+    assert lessons.shows.shape == (2, 6, 6, 3)
+    cube, ball = (
+        [SHAPES.index(s.shape), list(COLOURS).index(s.colour), MATERIALS.index(s.material)]
+        for s in (CUBE, BALL)
+    )
+    for shows, left, right in ((lessons.shows[0], cube, ball), (lessons.shows[1], ball, cube)):
+        assert left in shows[:, :3].flatten(0, 1).tolist()
+        assert right not in shows[:, :3].flatten(0, 1).tolist()
+        assert right in shows[:, 3:].flatten(0, 1).tolist()
+        assert shows[0, 0].tolist() == [len(SHAPES), -100, -100]
+    assert lessons.cover[0, :, :6].sum() > lessons.cover[0, :, 6:].sum()
+
+
+@pytest.mark.slow  # processes that import torch
+def test_captions_are_the_same_whoever_writes_them() -> None:
+    scenes = sample_scenes(1200, 0, num_objects=1)
+    alone, together = (written_captions(scenes, 3, processes) for processes in (1, 2))
+    assert torch.equal(alone[0], together[0])
+    assert torch.equal(alone[1], together[1])
+
+
+def test_tokens_are_asked_in_training_and_the_question_moves_the_loss() -> None:
+    config = TeacherConfig(num_layers=2, num_heads=2, reading_layer=1)
+    transformer = make_transformer(config)
+    asker = TokenReader(transformer, config)
+    text = torch.zeros(1, 4, D_MODEL)
+    transformer(
+        torch.randn(1, 32, 12, 12),
+        encoder_hidden_states=text,
+        timestep=torch.tensor([500]),
+        encoder_attention_mask=torch.ones(1, 4),
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    )
+    shows = torch.full((1, 6, 6, 3), 0, dtype=torch.int8)
+    asker.loss(shows).backward()
+    first, second = (block.attn1.to_q.weight.grad for block in transformer.transformer_blocks)
+    assert first is not None
+    assert first.abs().sum() > 0
+    assert second is None
+
+
+def test_an_eye_keeps_its_weights_and_outlines(tmp_path: Path, drawn: tuple[list[Scene], Rendered]) -> None:
+    scenes, rendered = drawn
+    torch.manual_seed(0)
+    eye = Eye(Reader().eval(), OutlineBank.of(rendered.masks, scenes))
+    eye.save(tmp_path / "reader.safetensors")
+    again = Eye.load(tmp_path / "reader.safetensors")
+    for one, other in zip(eye.bank.outlines, again.bank.outlines, strict=True):
+        assert torch.equal(one, other)
+    assert torch.allclose(eye.features(rendered.images[:4]), again.features(rendered.images[:4]), atol=2e-2)
+
+
+def test_an_eye_calls_a_picture_sound_only_with_the_right_number_of_undeformed_solids() -> None:
+    scene = Scene((CUBE, BALL), "left of", "wood", "day", "level")
+    assert Look(scene, (0.95, 0.95), 2).is_sound
+    assert not Look(scene, (0.95, 0.8), 2).is_sound
+    assert not Look(scene, (0.95, 0.95), 1).is_sound
+    assert not Look(scene, (0.95, 0.95), 3).is_sound
+
+
+def test_answers_say_all_of_a_scene() -> None:
+    scenes = scenes_of_all_numbers(100, 8)
+    assert [scene_of(answers(scene)) for scene in scenes] == scenes
+
+
+def test_spoilt_pictures_differ_where_they_should(
+    drawn: tuple[list[Scene], Rendered],
+) -> None:
+    images, masks = drawn[1].images, drawn[1].masks
+    spoilt = spoilt_pictures(images, masks)
+    assert set(spoilt) == {"blurred", "melted", "squashed", "one_missing"}
+    last = masks == masks.flatten(1).amax(1)[:, None, None]
+    changed = (spoilt["one_missing"] != images).any(-1)
+    assert changed[last].float().mean() > 0.9
+    assert not changed[masks == 0].float().mean() > 0.1
+    assert crispness(spoilt["blurred"], masks) < 0.5 * crispness(images, masks)
+
+
+def test_every_question_of_the_exam_is_answered_by_its_own_scene() -> None:
+    questions = ask(20, 3)
+    assert len(questions) == 20 * len(GROUPS)
+    looks = [Look(scene, (1.0,) * scene.num_objects, scene.num_objects) for scene in questions.scenes]
+    assert all(
+        row == {"said": 100, "sound": 100, "exact": 100} for row in marks_of(questions, looks).values()
+    )
+    held_out = [scene.is_held_out() for scene in questions.asked]
+    assert held_out == [group.startswith("held_out") for group in questions.groups]
+    looks[0] = Look(questions.scenes[0], (0.5,), 1)
+    assert marks_of(questions, looks)["one"] == {"said": 100, "sound": 95, "exact": 95}
+
+
+def test_a_caption_reader_is_asked_for_exactly_what_captions_say() -> None:
+    ids, masks, asked = captions_to_read(60, 1)
+    assert ids.shape == masks.shape == (60, TRAIN_TOKENS)
+    logits = CaptionReader()(torch.randn(60, TRAIN_TOKENS, D_MODEL), masks)
+    assert len(logits) == asked.shape[1]
+    for head, column in zip(logits, asked.unbind(1), strict=True):
+        assert int(column.max()) < head.shape[1]
+
+
+def test_contrast_the_wrong_way_round_is_no_contrast(drawn: tuple[list[Scene], Rendered]) -> None:
+    images, masks = drawn[1].images, drawn[1].masks
+    assert edge_contrast(255 - images, images, masks) == pytest.approx(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants import bundles, distillation, gate, objective, sampling
+from tests.mutants import bundles, distillation, gate, objective, sampling, studio
 from tests.mutants.mutant import Mutant
 
 SCRIPTS = "server/queue/lua"
@@ -18,6 +18,7 @@ MUTANTS = (
     *gate.MUTANTS,
     *bundles.MUTANTS,
     *sampling.MUTANTS,
+    *studio.MUTANTS,
     # the queue's verbs
     Mutant(
         "a worker that lost its lease starts the job all the same",

@@ -58,27 +58,38 @@ class OutlineBank:
                     found[solid.shape].append(normalised(mine).flatten())
         return cls(tuple(torch.stack(found[shape]) for shape in SHAPES))
 
-    def overlap(self, mask: Tensor, shape: str) -> float:
-        """Intersection over union of an outline with the real one of that shape that it is most like.
+    def overlap(self, outlines: Tensor, shape: str) -> Tensor:
+        """Intersection over union of outlines with the real one of a shape that each is most like.
 
         Args:
-            mask: (H, W) bool; empty masks have 0.
-            shape: what it should be.
+            outlines: (n, CANVAS * CANVAS) bool, `normalised`.
+            shape: what they should be.
+        Returns:
+            (n,) fp32.
         """
-        if not mask.any():
-            return 0.0
-        one = normalised(mask).flatten().float()
-        bank = self.outlines[SHAPES.index(shape)].float()
-        both = bank @ one
-        return float((both / (bank.sum(1) + one.sum() - both)).max())
+        bank, ones = self.outlines[SHAPES.index(shape)].float(), outlines.float()
+        both = ones @ bank.T
+        either = ones.sum(1)[:, None] + bank.sum(1) - both
+        return (both / either).amax(1)
 
 
-def overlaps(bank: OutlineBank, masks: Tensor, scenes: Sequence[Scene]) -> list[list[float]]:
-    """`OutlineBank.overlap` of every solid of (N, H, W) masks that should show these scenes."""
-    return [
-        [bank.overlap(mask == slot + 1, solid.shape) for slot, solid in enumerate(scene.solids)]
-        for mask, scene in zip(masks, scenes, strict=True)
-    ]
+def overlaps(bank: OutlineBank, masks: Tensor, scenes: Sequence[Scene]) -> list[tuple[float, ...]]:
+    """`OutlineBank.overlap` of every solid that (N, H, W) masks should show; 0 for those that are missing."""
+    found = [[0.0] * scene.num_objects for scene in scenes]
+    places: dict[str, list[tuple[int, int]]] = {shape: [] for shape in SHAPES}
+    outlines: dict[str, list[Tensor]] = {shape: [] for shape in SHAPES}
+    for row, (mask, scene) in enumerate(zip(masks, scenes, strict=True)):
+        for slot, solid in enumerate(scene.solids):
+            mine = mask == slot + 1
+            if mine.any():
+                places[solid.shape].append((row, slot))
+                outlines[solid.shape].append(normalised(mine).flatten())
+    for shape in SHAPES:
+        if places[shape]:
+            values = bank.overlap(torch.stack(outlines[shape]), shape).tolist()
+            for (row, slot), value in zip(places[shape], values, strict=True):
+                found[row][slot] = value
+    return [tuple(values) for values in found]
 
 
 def num_solids(mask: Tensor) -> int:

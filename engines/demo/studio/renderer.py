@@ -117,6 +117,7 @@ def render(
     samples: int = 2,
     chunk: int = 4,
     device: torch.device | str = "cpu",
+    keep: bool = False,
 ) -> Rendered:
     """Draw complete scenes; scene i always looks the same for the same (seed, i).
 
@@ -126,17 +127,19 @@ def render(
         size: height and width in pixels.
         samples: samples per pixel edge, for smooth outlines and soft shadows.
         chunk: pictures cast together; bounds the memory, changes nothing else.
-        device: where rays are cast; pictures come back to the CPU.
+        device: where rays are cast.
+        keep: leave the pictures there instead of bringing them to the CPU.
     Raises:
         ValueError: a scene is not complete.
     """
-    images = torch.empty(len(scenes), size, size, 3, dtype=torch.uint8)
-    masks = torch.empty(len(scenes), size, size, dtype=torch.uint8)
+    where = device if keep else "cpu"
+    images = torch.empty(len(scenes), size, size, 3, dtype=torch.uint8, device=where)
+    masks = torch.empty(len(scenes), size, size, dtype=torch.uint8, device=where)
     for start in range(0, len(scenes), chunk):
         part = scenes[start : start + chunk]
         rngs = [np.random.default_rng([seed, start + i]) for i in range(len(part))]
         colour, slot = _draw(stage(part, rngs).to(device), size, samples)
         pixels = colour.mean(-1).permute(1, 2, 3, 0)
-        images[start : start + chunk] = (pixels * 255).round().to(torch.uint8).cpu()
-        masks[start : start + chunk] = _majority(slot).cpu()
+        images[start : start + chunk] = (pixels * 255).round().to(torch.uint8)
+        masks[start : start + chunk] = _majority(slot)
     return Rendered(images, masks)
