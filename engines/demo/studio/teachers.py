@@ -234,7 +234,6 @@ def train_teacher(
     transformer = make_transformer(config)
     device = fit_config.device
     schedule = NoiseSchedule.from_config(dict(make_scheduler().config)).to(device)
-    no_ids, no_mask = (part.to(lessons.ids.device) for part in ids_of([""]))
     modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
     asker = TokenReader(transformer, config) if config.reading_weight else None
     if asker is not None:
@@ -242,20 +241,14 @@ def train_teacher(
     on_cpu = device == "cpu"
 
     def loss(rng: torch.Generator) -> Tensor:
-        rows = torch.randint(len(lessons), (batch,), generator=rng)
-        which = torch.randint(lessons.ids.shape[1], (batch,), generator=rng)
-        dropped = torch.rand(batch, 1, generator=rng) < caption_dropout
+        rows, ids, mask = _draw_captions(lessons, batch, caption_dropout, rng)
         strata = (
             torch.arange(batch) + torch.rand(batch, generator=rng)
         ) / batch  # of the noise levels, evenly
         timesteps = (strata**config.noise_power * schedule.num_timesteps).long().to(device)
         drawn = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
-        here = lessons.latents.device
-        rows, which, dropped = rows.to(here), which.to(here), dropped.to(here)
-        ids = torch.where(dropped, no_ids, lessons.ids[rows, which]).to(device)
-        mask = torch.where(dropped, no_mask, lessons.masks[rows, which]).to(device)
         longest = int(mask.sum(1).max()) if on_cpu else mask.shape[1]
-        ids, mask = ids[:, :longest], mask[:, :longest]
+        ids, mask = ids[:, :longest].to(device), mask[:, :longest].to(device)
         clean = lessons.latents[rows].to(device).float()
         noise = torch.randn(clean.shape, generator=drawn, device=device)
         alpha, sigma = schedule.at(timesteps)
@@ -277,6 +270,20 @@ def train_teacher(
 
     fit("teacher", modules, loss, fit_config, directory)
     return transformer.eval(), text_encoder.eval()
+
+
+def _draw_captions(
+    lessons: Lessons, batch: int, caption_dropout: float, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of pictures at random, (batch,), and ids and mask of one caption of each, or none: (batch, tokens)."""
+    rows = torch.randint(len(lessons), (batch,), generator=rng)
+    which = torch.randint(lessons.ids.shape[1], (batch,), generator=rng)
+    dropped = torch.rand(batch, 1, generator=rng) < caption_dropout
+    here = lessons.latents.device
+    rows, which, dropped = rows.to(here), which.to(here), dropped.to(here)
+    no_ids, no_mask = (part.to(here) for part in ids_of([""]))
+    ids = torch.where(dropped, no_ids, lessons.ids[rows, which])
+    return rows, ids, torch.where(dropped, no_mask, lessons.masks[rows, which])
 
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
