@@ -234,6 +234,7 @@ def train_teacher(
     transformer = make_transformer(config)
     device = fit_config.device
     schedule = NoiseSchedule.from_config(dict(make_scheduler().config)).to(device)
+    nothing = ids_of([""])
     modules: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
     asker = TokenReader(transformer, config) if config.reading_weight else None
     if asker is not None:
@@ -241,10 +242,8 @@ def train_teacher(
     on_cpu = device == "cpu"
 
     def loss(rng: torch.Generator) -> Tensor:
-        rows, ids, mask = _draw_captions(lessons, batch, caption_dropout, rng)
-        strata = (
-            torch.arange(batch) + torch.rand(batch, generator=rng)
-        ) / batch  # of the noise levels, evenly
+        rows, ids, mask = _draw_captions(lessons, nothing, batch, caption_dropout, rng)
+        strata = (torch.arange(batch) + torch.rand(batch, generator=rng)) / batch  # of noise levels, evenly
         timesteps = (strata**config.noise_power * schedule.num_timesteps).long().to(device)
         drawn = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=rng)))
         longest = int(mask.sum(1).max()) if on_cpu else mask.shape[1]
@@ -273,15 +272,19 @@ def train_teacher(
 
 
 def _draw_captions(
-    lessons: Lessons, batch: int, caption_dropout: float, rng: torch.Generator
+    lessons: Lessons,
+    nothing: tuple[Tensor, Tensor],
+    batch: int,
+    caption_dropout: float,
+    rng: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of pictures at random, (batch,), and ids and mask of one caption of each, or none: (batch, tokens)."""
+    """(batch,) rows of pictures; (batch, tokens) ids and mask of a caption of each, or `nothing`."""
     rows = torch.randint(len(lessons), (batch,), generator=rng)
     which = torch.randint(lessons.ids.shape[1], (batch,), generator=rng)
     dropped = torch.rand(batch, 1, generator=rng) < caption_dropout
     here = lessons.latents.device
     rows, which, dropped = rows.to(here), which.to(here), dropped.to(here)
-    no_ids, no_mask = (part.to(here) for part in ids_of([""]))
+    no_ids, no_mask = (part.to(here) for part in nothing)
     ids = torch.where(dropped, no_ids, lessons.ids[rows, which])
     return rows, ids, torch.where(dropped, no_mask, lessons.masks[rows, which])
 
