@@ -63,23 +63,40 @@ def _patches(x: Tensor) -> Tensor:
     return functional.unfold(x, PATCH, stride=PATCH).transpose(1, 2).reshape(-1, 3 * PATCH * PATCH)
 
 
-def make_vae(block_out_channels: tuple[int, int, int, int] = (16, 32, 48, 64)) -> AutoencoderKL:
-    """An untrained f8 AutoencoderKL for 64 x 64 pictures with 16 latent channels and scaling factor 1."""
-    return AutoencoderKL(
+def make_vae(
+    block_out_channels: tuple[int, int, int, int] = (16, 32, 48, 64),
+    *,
+    latent_channels: int = LATENT_CHANNELS,
+    sample_size: int = 64,
+) -> AutoencoderKL:
+    """An f8 AutoencoderKL with scaling factor 1. Untrained, its residual branches are silent.
+
+    So it learns faster than from diffusers' own start: 0.8 dB better at equal time.
+
+    Args:
+        block_out_channels: widths, the finest first.
+        latent_channels: of the code.
+        sample_size: side of the pictures.
+    """
+    vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=block_out_channels,
         layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         norm_num_groups=8,
-        sample_size=64,
+        sample_size=sample_size,
         scaling_factor=1.0,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
+    for name, parameter in vae.named_parameters():
+        if ".conv2." in name:
+            torch.nn.init.zeros_(parameter)
+    return vae
 
 
 _LOG_VARIANCE = -12.0  # the encoder's code is meant to be exact; its posterior is a formality
@@ -95,9 +112,6 @@ def train_vae(
     """
     torch.manual_seed(config.seed)
     vae = make_vae().to(memory_format=torch.channels_last)
-    for name, parameter in vae.named_parameters():
-        if ".conv2." in name:  # residual branches start silent: 0.8 dB better at equal time
-            torch.nn.init.zeros_(parameter)
 
     def loss(rng: torch.Generator) -> Tensor:
         pictures = images[torch.randint(len(images), (batch,), generator=rng)]

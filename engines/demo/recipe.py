@@ -15,7 +15,7 @@ from engines.demo.dataset import SceneSet, render_set
 from engines.demo.fit import FitConfig, load_average
 from engines.demo.judge import Judge, accuracy, train_judge
 from engines.demo.teachers import TeacherConfig, encode_set, make_transformer, save_teacher, train_teacher
-from engines.demo.text import make_text_encoder
+from engines.demo.text import make_text_encoder, make_tokenizer
 from engines.errors import CheckpointError
 
 JUDGE_SET = SceneSet(num_shards=24, seed=900_000, split="all", two_object_share=0.5)
@@ -115,7 +115,7 @@ class Recipe:
             if not path.exists():
                 raise CheckpointError(f"{path} is missing: its stage has not run")
             load_average(path, modules)
-        save_teacher(self.out / "scenes-teacher", transformer, text_encoder, vae)
+        save_teacher(self.out / "scenes-teacher", make_tokenizer(), text_encoder, vae, transformer)
         self.console.print(f"teacher: {self.out / 'scenes-teacher'}")
 
     def _read(self, scene_set: SceneSet) -> Tensor:

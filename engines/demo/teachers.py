@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import T5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from engines.demo.codec import LATENT_CHANNELS, PatchCode
 from engines.demo.fit import FitConfig, autocast, fit
@@ -33,14 +33,16 @@ class TeacherConfig:
     head_dim: int = 32
     patch_size: int = 2
     sample_size: int = 8
+    latent_channels: int = LATENT_CHANNELS
 
 
 def make_transformer(config: TeacherConfig) -> PixArtTransformer2DModel:
+    """An untrained one; its first predictions are zero."""
     transformer = PixArtTransformer2DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
         num_layers=config.num_layers,
         sample_size=config.sample_size,
         patch_size=config.patch_size,
@@ -155,9 +157,13 @@ def train_teacher(
 
 
 def save_teacher(
-    directory: Path, transformer: PixArtTransformer2DModel, text_encoder: T5EncoderModel, vae: AutoencoderKL
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: T5EncoderModel,
+    vae: AutoencoderKL,
+    transformer: PixArtTransformer2DModel,
 ) -> None:
     """Write a `PixArtAlphaPipeline` directory with fp16 safetensors."""
-    PixArtAlphaPipeline(make_tokenizer(), text_encoder, vae, transformer, make_scheduler()).to(
+    PixArtAlphaPipeline(tokenizer, text_encoder, vae, transformer, make_scheduler()).to(
         dtype=torch.float16
     ).save_pretrained(directory, safe_serialization=True)

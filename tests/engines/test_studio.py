@@ -22,11 +22,12 @@ from engines.demo.studio.teachers import (
     TeacherConfig,
     TokenReader,
     make_lessons,
-    make_transformer,
     mirrored_masks,
     written_captions,
 )
-from engines.demo.studio.text import D_MODEL, TRAIN_TOKENS, CaptionReader, captions_to_read
+from engines.demo.studio.text import TRAIN_TOKENS, CaptionReader, captions_to_read
+from engines.demo.teachers import make_transformer
+from engines.demo.text import D_MODEL
 
 CUBE = Solid("cube", "red", "large", "matte")
 BALL = Solid("sphere", "blue", "small", "metal")

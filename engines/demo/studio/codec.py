@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engines.demo.codec import PatchCode
+from engines.demo.codec import make_vae as make_autoencoder
 from engines.demo.fit import FitConfig, autocast, fit
 from engines.demo.judge import to_input
 from engines.demo.studio.renderer import IMAGE_SIZE
@@ -22,23 +23,9 @@ _LOG_VARIANCE = -12.0  # the encoder's code is meant to be exact; its posterior 
 _EDGE_WEIGHT = 4.0
 
 
-def make_vae(block_out_channels: tuple[int, int, int, int] = (24, 48, 64, 96)) -> AutoencoderKL:
+def make_vae() -> AutoencoderKL:
     """An untrained f8 AutoencoderKL for 96 x 96 pictures with 32 latent channels and scaling factor 1."""
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=block_out_channels,
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
-        scaling_factor=1.0,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return make_autoencoder((24, 48, 64, 96), latent_channels=LATENT_CHANNELS, sample_size=IMAGE_SIZE)
 
 
 def edges(masks: Tensor) -> Tensor:
@@ -81,9 +68,6 @@ def train_vae(
     """
     torch.manual_seed(config.seed)
     vae = make_vae().to(memory_format=torch.channels_last)
-    for name, parameter in vae.named_parameters():
-        if ".conv2." in name:  # residual branches start silent
-            torch.nn.init.zeros_(parameter)
     device = config.device
     on_device = PatchCode(code.mean.to(device), code.encode_matrix.to(device))
 

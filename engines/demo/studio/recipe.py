@@ -20,6 +20,7 @@ from torch import Tensor
 from engines.demo.codec import PatchCode
 from engines.demo.dataset import SHARD_SIZE
 from engines.demo.fit import FitConfig, load_average
+from engines.demo.studio.captions import make_tokenizer
 from engines.demo.studio.codec import LATENT_CHANNELS, decoded, make_vae, train_vae
 from engines.demo.studio.dataset import Pictures, StudioSet, draw_set, read_set
 from engines.demo.studio.exam import (
@@ -35,14 +36,9 @@ from engines.demo.studio.exam import (
 from engines.demo.studio.outlines import OutlineBank, crispness, edge_contrast
 from engines.demo.studio.reader import Eye, train_reader
 from engines.demo.studio.renderer import render
-from engines.demo.studio.teachers import (
-    TeacherConfig,
-    make_lessons,
-    make_transformer,
-    save_teacher,
-    train_teacher,
-)
+from engines.demo.studio.teachers import TeacherConfig, make_lessons, train_teacher
 from engines.demo.studio.text import make_text_encoder, train_text
+from engines.demo.teachers import make_transformer, save_teacher
 from engines.errors import CheckpointError
 from engines.gate.painter import Painter
 
@@ -242,7 +238,7 @@ class Recipe:
             if not path.exists():
                 raise CheckpointError(f"{path} is missing: its stage has not run")
             load_average(path, modules)
-        save_teacher(self.out / "studio-teacher", transformer, encoder, vae)
+        save_teacher(self.out / "studio-teacher", make_tokenizer(), encoder, vae, transformer)
 
     def exam(self) -> None:
         """Say how well the teacher draws, sampler by sampler, beside renders and the VAE's copies of them."""
@@ -278,8 +274,8 @@ class Recipe:
 
     def _read(self, scenes: StudioSet) -> Pictures:
         if scenes not in self._kept:
-            self._kept.clear() if self.device == "cpu" else None
             if self.device == "cpu":
+                self._kept.clear()  # a set takes a gigabyte
                 read = read_set(scenes, self.out / "pictures", num_processes=self.num_processes)
             else:
                 read = draw_set(scenes, self.device, chunk=self.render_chunk)

@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,11 +24,11 @@ from transformers import T5EncoderModel
 from engines.demo.codec import PatchCode
 from engines.demo.fit import FitConfig, autocast, fit
 from engines.demo.scenes import COLOURS, SHAPES
-from engines.demo.studio.captions import make_tokenizer
 from engines.demo.studio.codec import LATENT_CHANNELS, LATENT_SIZE
 from engines.demo.studio.scenes import MATERIALS, MAX_OBJECTS, Scene
-from engines.demo.studio.text import D_MODEL, ids_of, said_in
-from engines.demo.teachers import make_scheduler
+from engines.demo.studio.text import ids_of, said_in
+from engines.demo.teachers import TeacherConfig as Transformer
+from engines.demo.teachers import make_scheduler, make_transformer
 from engines.schedule import NoiseSchedule
 
 _CAPTIONS = 4
@@ -39,7 +37,7 @@ _IGNORE = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Transformer):
     """Size of the transformer, by default 4.0 M parameters and 36 image tokens, and what its loss asks for.
 
     Attributes:
@@ -49,34 +47,12 @@ class TeacherConfig:
         noise_power: timesteps are drawn as u ** noise_power, u uniform: below 1 prefers noisy ones.
     """
 
-    num_layers: int = 6
-    num_heads: int = 6
-    head_dim: int = 32
-    patch_size: int = 2
+    sample_size: int = LATENT_SIZE
+    latent_channels: int = LATENT_CHANNELS
     object_weight: float = 3.0
     reading_weight: float = 0.3
     reading_layer: int = 3
     noise_power: float = 1.0
-
-
-def make_transformer(config: TeacherConfig) -> PixArtTransformer2DModel:
-    """An untrained one; its first predictions are zero."""
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_layers=config.num_layers,
-        sample_size=LATENT_SIZE,
-        patch_size=config.patch_size,
-        cross_attention_dim=config.num_heads * config.head_dim,
-        caption_channels=D_MODEL,
-        interpolation_scale=1,
-        use_additional_conditions=False,
-    )
-    torch.nn.init.zeros_(transformer.proj_out.weight)
-    torch.nn.init.zeros_(transformer.proj_out.bias)
-    return transformer
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,12 +266,3 @@ def _draw_captions(
 
 
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def save_teacher(
-    directory: Path, transformer: PixArtTransformer2DModel, text_encoder: T5EncoderModel, vae: AutoencoderKL
-) -> None:
-    """Write a `PixArtAlphaPipeline` directory with fp16 safetensors."""
-    PixArtAlphaPipeline(make_tokenizer(), text_encoder, vae, transformer, make_scheduler()).to(
-        dtype=torch.float16
-    ).save_pretrained(directory, safe_serialization=True)

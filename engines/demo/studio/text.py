@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 from engines.demo.fit import FitConfig, autocast, fit
 from engines.demo.scenes import COLOURS, SHAPES, SIZES
@@ -28,9 +28,9 @@ from engines.demo.studio.scenes import (
     Scene,
     sample_scenes,
 )
-from engines.demo.text import tokenize
+from engines.demo.text import D_MODEL, tokenize
+from engines.demo.text import make_text_encoder as make_encoder
 
-D_MODEL = 128
 TRAIN_TOKENS = 40
 """The longest caption has fewer; the tokenizer's own limit leaves room for what people add."""
 PARTLY_SAID = 0.7
@@ -52,22 +52,8 @@ _OF_SOLID: tuple[tuple[str, ...], ...] = (
 
 
 def make_text_encoder() -> T5EncoderModel:
-    """An untrained one, 0.65 M parameters."""
-    config = T5Config(
-        vocab_size=96,
-        d_model=D_MODEL,
-        d_kv=32,
-        d_ff=384,
-        num_layers=3,
-        num_heads=4,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=32,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    return T5EncoderModel(config)
+    """An untrained one, of the size that the smaller demo has."""
+    return make_encoder(vocab_size=96)
 
 
 def said_in(scenes: Sequence[Scene], rng: np.random.Generator) -> list[str]:
