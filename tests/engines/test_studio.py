@@ -14,10 +14,18 @@ from engines.demo.codec import PatchCode
 from engines.demo.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES
 from engines.demo.studio.captions import MAX_TOKENS, caption, make_tokenizer, scene_said_by
 from engines.demo.studio.exam import GROUPS, ask, marks_of, spoilt_pictures
-from engines.demo.studio.outlines import OutlineBank, crispness, edge_contrast, num_solids, overlaps
+from engines.demo.studio.outlines import (
+    OutlineBank,
+    crispness,
+    edge_contrast,
+    normalised,
+    num_solids,
+    overlaps,
+)
 from engines.demo.studio.reader import Eye, Look, Reader, answers, scene_of
 from engines.demo.studio.renderer import Rendered, render
 from engines.demo.studio.scenes import GROUNDS, MATERIALS, SKIES, VIEWS, Scene, Solid, sample_scenes
+from engines.demo.studio.solids import Placed, trace
 from engines.demo.studio.teachers import (
     TeacherConfig,
     TokenReader,
@@ -88,6 +96,18 @@ def test_whatever_a_caption_can_say_is_seen(attribute: str, values: tuple[str, .
 def test_every_solid_of_a_scene_is_seen(drawn: tuple[list[Scene], Rendered]) -> None:
     scenes, rendered = drawn
     assert [num_solids(mask) for mask in rendered.masks] == [scene.num_objects for scene in scenes]
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+def test_a_near_solid_hides_a_far_one_whichever_comes_first(shape: int) -> None:
+    away = torch.tensor([[0.0], [1.0], [0.0]])
+    eye = torch.tensor([[0.0], [0.0], [0.5]])
+    for places in ([4.0, 8.0], [8.0, 4.0]):
+        y = torch.tensor(places)[:, None]
+        ones, kinds = torch.ones_like(y), torch.full_like(y, shape).long()
+        met = trace(Placed(kinds, 0 * ones, y, ones, 0 * ones, ones), eye, away)
+        assert met.slot.item() == places.index(4.0)
+        assert 2 < met.t.item() < 4
 
 
 def test_training_never_sees_a_held_out_pair() -> None:
@@ -213,6 +233,16 @@ def test_real_outlines_are_like_others_and_deformed_ones_are_not(drawn: tuple[li
     assert share_alike(squashed(masks, 0.6)) < 0.2
     assert share_alike(melted(masks, 4)) < 0.5
     assert share_alike(torch.zeros_like(masks)) == 0
+
+
+def test_an_outline_loses_its_place_and_size_and_keeps_its_proportions() -> None:
+    for height, width in ((10, 30), (20, 60), (30, 10)):
+        mask = torch.zeros(96, 96, dtype=torch.bool)
+        mask[7 : 7 + height, 20 : 20 + width] = True
+        ys, xs = normalised(mask).nonzero(as_tuple=True)
+        seen = [int(places.amax() - places.amin()) + 1 for places in (ys, xs)]
+        assert seen == pytest.approx([16 * (height / width) ** 0.5, 16 * (width / height) ** 0.5], abs=1)
+        assert (ys.float().mean().item(), xs.float().mean().item()) == pytest.approx((19.5, 19.5), abs=0.6)
 
 
 def test_a_solid_that_is_missing_is_not_counted(drawn: tuple[list[Scene], Rendered]) -> None:
