@@ -140,7 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     unfit = [one for one in chosen if (ROOT / one.path).read_text(encoding="utf-8").count(one.before) != 1]
     for mutant in unfit:
         print(f"does not fit: {mutant.path}: {mutant.name}: {mutant.before!r} is not there once")
-    if unfit or not chosen:
+    if not chosen:
+        print(f"no mutant has {' or '.join(words)!r} in name or path")
+        return 2
+    if unfit:
         print(f"{len(unfit)} of {len(chosen)} chosen mutants do not fit the code: nothing was tried")
         return 2
     with tempfile.TemporaryDirectory(prefix="mutants-") as box, ExitStack() as stack:
