@@ -25,7 +25,7 @@ _EDGE_WEIGHT = 4.0
 
 def make_vae() -> AutoencoderKL:
     """An untrained f8 AutoencoderKL for 96 x 96 pictures with 32 latent channels and scaling factor 1."""
-    return make_autoencoder((24, 48, 64, 96), latent_channels=LATENT_CHANNELS, sample_size=IMAGE_SIZE)
+    return make_autoencoder((16, 32, 96, 128), latent_channels=LATENT_CHANNELS, sample_size=IMAGE_SIZE)
 
 
 def edges(masks: Tensor) -> Tensor:
