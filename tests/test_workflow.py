@@ -44,7 +44,7 @@ def test_actions_are_pinned_and_may_read_and_nothing_else() -> None:
     assert WORKFLOW["concurrency"]["group"]
 
 
-PROGRAMS = ("chromium", "chromedriver", "redis-server", "promtool")
+PROGRAMS = ("chromium", "chromedriver", "redis-server", "promtool", "nginx")
 
 
 @pytest.fixture
