@@ -138,8 +138,9 @@ class Process(ABC):
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL; also to a frozen one."""
-        self.send(signal.SIGKILL)
+        """SIGKILL; also to a frozen one, or to one that has died a moment ago."""
+        with suppress(ProcessLookupError):
+            self.send(signal.SIGKILL)
         self.join()
 
     @property

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -176,9 +177,8 @@ class Storm:
         while time.monotonic() < deadline:
             with self._at_workers:
                 worker = self._rng.choice(self._workers)
-                if not worker.alive:
+                if not _held(worker):
                     continue
-                worker.send(signal.SIGSTOP)  # whoever is looked at must not move
                 try:
                     struck = self._deployment.latest_attempt(worker) < MAX_ATTEMPTS
                     if struck and blow.how == "kill":
@@ -209,6 +209,14 @@ class Storm:
                     if not worker.alive:
                         self.num_deaths += 1
                         worker.start()
+
+
+def _held(worker: Worker) -> bool:
+    """Stop a worker: whoever is looked at must not move. False if it has died of a request."""
+    if worker.alive:
+        with suppress(ProcessLookupError):  # this very moment
+            worker.send(signal.SIGSTOP)
+    return worker.alive
 
 
 def buy_poison(customer: Customer) -> dict[str, Any]:
