@@ -97,6 +97,7 @@ class QueueMachine(QueueModel):
             tenant=tenant,
             cost_ms=cost_ms,
         )
+        job = self.told_apart(job)
         for _ in range(times):
             expected = self.accept(job, key, max_ahead_ms)
             enqueue = self.apis[api].enqueue(job, idempotency_key=key, max_ahead_ms=max_ahead_ms)
