@@ -27,6 +27,8 @@ DASHBOARD = Path(__file__).with_name("tdm.json")
 NUM_STEPS = 120
 WIDTH = 24
 NUM_COLOURS = 128
+MAX_NAMES = 8
+"""In a legend: more of them cover the lines."""
 SCALES = {
     "percentunit": (100.0, "%"),
     "bytes": (1 / 2**20, "MiB"),
@@ -103,22 +105,34 @@ def draw(axes: Axes, panel: dict[str, Any], lines: Lines) -> None:
 
 
 def draw_lines(axes: Axes, lines: Lines, scale: float, *, is_stacked: bool) -> None:
-    """A line for each series, above each other if they are stacked."""
+    """A line for each series, above each other if they are stacked; the largest are named."""
+    by_size = sorted(lines, key=lambda name: -max(lines[name][1]))
+    named = set(by_size[:MAX_NAMES])
     below: dict[float, float] = {}
     for name, (at, values) in sorted(lines.items()):
         ats = [round(one, 3) for one in at]
         base = [below.get(one, 0.0) if is_stacked else 0.0 for one in ats]
         top = [low + scale * value for low, value in zip(base, values, strict=True)]
         marker = "." if len(ats) == 1 else None
-        (line,) = axes.plot(ats, top, marker=marker, linewidth=1, label=name)
+        (line,) = axes.plot(ats, top, marker=marker, linewidth=1, label=name if name in named else None)
         if is_stacked:
             axes.fill_between(ats, base, top, alpha=0.3, color=line.get_color())
             below |= dict(zip(ats, top, strict=True))
     axes.margins(x=0)
-    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # the legend's place
+    columns = 1 if len(lines) < 4 else 2
+    more = len(lines) - len(named)
+    rows = math.ceil(len(named) / columns) + (more > 0)
+    axes.set_ylim(0, (1.1 + 0.1 * rows) * axes.get_ylim()[1])  # the legend's place
     if any(lines):
-        columns = 1 if len(lines) < 4 else 2
-        axes.legend(fontsize=5.5, loc="upper left", ncols=columns, framealpha=0.6, handlelength=1)
+        axes.legend(
+            title=f"the largest; {more} more" if more else None,
+            title_fontsize=5.5,
+            fontsize=5.5,
+            loc="upper left",
+            ncols=columns,
+            framealpha=0.6,
+            handlelength=1,
+        )
 
 
 def draw_heatmap(axes: Axes, lines: Lines) -> None:
