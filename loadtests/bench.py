@@ -1,12 +1,13 @@
-"""Our server against the same student in a plain diffusers pipeline behind a lock, measured in one run.
+"""Our server against others around the same student, measured in one run.
 
-    python -m loadtests.bench                        the shipped student
-    python -m loadtests.bench --bundle DIR           any bundle
+    python -m loadtests.bench                                          a pipeline behind a lock
+    python -m loadtests.bench --peers lock litserve litserve-engine    LitServe, too
+    python -m loadtests.bench --bundle DIR                             any bundle instead of the shipped one
 
-The two servers take turns (ours, the peer, ours, the peer, ...), each alone on the machine while measured
-and started anew every time, so that slow drift of the machine reaches both. Every reply is decoded. Before
-anything is timed, both draw the same prompts and seeds, and the pictures are compared: the ratio means
-something only if both do the same work.
+The servers take turns (ours, the peer, ours, the peer, ...), each alone on the machine while measured and
+started anew every time, so that slow drift of the machine reaches all. Of a peer's settings a trial finds the
+best. Every reply is decoded. Before anything is timed, all draw the same prompts and seeds, and the pictures
+are compared: a ratio means something only if all do the same work.
 """
 
 import argparse
@@ -16,11 +17,12 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -31,7 +33,8 @@ from rich.table import Table
 
 from loadtests import machine, prompts
 from loadtests.client import BadReplyError, Latency, LoadClient, Saturation
-from loadtests.process import ROOT, ServerProcess, free_port
+from loadtests.contenders import PEERS, Contender, MeasuredServer, OurServer, rivals
+from loadtests.process import ROOT, ServerProcess
 
 SHIPPED_STUDENT = ROOT / "engines" / "demo" / "checkpoints" / "scenes-student"
 RESULTS = ROOT / "loadtests" / "results"
@@ -57,65 +60,13 @@ class Round:
     ready_s: float
     idle: Latency
     saturated: Saturation
+    cpu_ms_per_picture: dict[str, float]
+    """By process, while it was saturated."""
+    memory_mib: float
+    """Of all its processes, shared pages counted once."""
 
 
-class Contender(Protocol):
-    """A server that can be started for one round."""
-
-    name: str
-
-    def start(self) -> ServerProcess: ...
-
-
-class OurServer:
-    """`python -m server up` on a data directory of its own; the first start builds the bundle."""
-
-    name = "tdm-server"
-
-    def __init__(self, bundle: Path | None, scratch: Path, **settings: object) -> None:
-        """Serve `bundle`, or build the shipped one; `settings` go into the environment as TDM_*."""
-        self._bundle = bundle
-        self._scratch = scratch
-        self._settings = {f"TDM_{setting.upper()}": str(value) for setting, value in settings.items()}
-
-    def start(self) -> ServerProcess:
-        """A process that is not started yet, on a free port."""
-        port = free_port()
-        environment = {
-            "TDM_HOST": "127.0.0.1",
-            "TDM_PORT": str(port),
-            "TDM_METRICS_PORT": "0",
-            "TDM_DATA_DIR": str(self._scratch / "data"),
-            "TDM_BUNDLES": str(self._bundle or ""),
-            "TDM_REDIS_URL": "",
-            **self._settings,
-        }
-        log = self._scratch / "server.log"
-        return ServerProcess(["server", "up"], port=port, log=log, environment=environment)
-
-
-class DiffusersBehindALock:
-    """`loadtests.peers.diffusers_lock` with a number of threads for torch."""
-
-    def __init__(self, student: Path, num_threads: int, scratch: Path) -> None:
-        self.name = f"diffusers + lock, {num_threads} thread{'s' * (num_threads > 1)}"
-        self._student = student
-        self._num_threads = num_threads
-        self._scratch = scratch
-
-    def start(self) -> ServerProcess:
-        """A process that is not started yet, on a free port."""
-        port = free_port()
-        arguments = ["loadtests.peers.diffusers_lock", str(self._student), f"--port={port}"]
-        return ServerProcess(
-            [*arguments, f"--threads={self._num_threads}"],
-            port=port,
-            log=self._scratch / "peer.log",
-            environment={"OMP_NUM_THREADS": str(self._num_threads)},
-        )
-
-
-async def measure(server: ServerProcess, bodies: Iterator[dict[str, Any]], plan: Plan) -> Round:
+async def measure(server: MeasuredServer, bodies: Iterator[dict[str, Any]], plan: Plan) -> Round:
     """One round against a server that is ready.
 
     Raises:
@@ -124,10 +75,22 @@ async def measure(server: ServerProcess, bodies: Iterator[dict[str, Any]], plan:
     async with LoadClient(server.base_url, size=plan.size) as client:
         await client.pictures(list(itertools.islice(bodies, 4)))  # opens connections, fills lazy state
         idle = await client.idle_latency(bodies, num_requests=plan.idle_requests)
+        await client.saturate(bodies, concurrency=plan.concurrency, warm_up_s=0.0, seconds=plan.warm_up_s)
+        before, began_s = server.usage(), time.monotonic()
         saturated = await client.saturate(
-            bodies, concurrency=plan.concurrency, warm_up_s=plan.warm_up_s, seconds=plan.seconds
+            bodies, concurrency=plan.concurrency, warm_up_s=0.0, seconds=plan.seconds
         )
-    return Round(ready_s=round(server.ready_s, 2), idle=idle, saturated=saturated)
+        after, took_s = server.usage(), time.monotonic() - began_s
+    return Round(
+        ready_s=round(server.ready_s, 2),
+        idle=idle,
+        saturated=saturated,
+        cpu_ms_per_picture={
+            name: round(1000 * (cpu_s - before.cpu_s.get(name, 0.0)) / saturated.pictures_per_s / took_s, 2)
+            for name, cpu_s in after.cpu_s.items()
+        },
+        memory_mib=round(after.memory_bytes / 2**20, 1),
+    )
 
 
 async def draw(server: ServerProcess, plan: Plan) -> list[Image.Image]:
@@ -155,12 +118,22 @@ def summary(rounds: Sequence[Round]) -> dict[str, float]:
         "pictures_per_s": [one.saturated.pictures_per_s for one in rounds],
         "saturated_p50_ms": [one.saturated.latency.p50_ms for one in rounds],
         "saturated_p95_ms": [one.saturated.latency.p95_ms for one in rounds],
+        "cpu_ms_per_picture": [sum(one.cpu_ms_per_picture.values()) for one in rounds],
+        "memory_mib": [one.memory_mib for one in rounds],
     }
     return {name: round(statistics.median(values), 2) for name, values in columns.items()}
 
 
-def run(plan: Plan, *, bundle: Path | None, student: Path, scratch: Path, console: Console) -> dict[str, Any]:
-    """Measure both servers in turns.
+def run(
+    plan: Plan,
+    *,
+    bundle: Path | None,
+    student: Path,
+    peers: Sequence[str],
+    scratch: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Measure the servers in turns.
 
     Returns:
         The result as plain values: plan, machine, rounds, medians, ratio.
@@ -177,23 +150,23 @@ def run(plan: Plan, *, bundle: Path | None, student: Path, scratch: Path, consol
         first_ready_s = round(server.ready_s, 2)
         our_pictures = asyncio.run(draw(server, plan))
     console.print(f"  ready after {first_ready_s} s")
+    built = bundle or ours.built_bundle()
+    ours = OurServer(built, scratch)  # without a bundle it would go on to build others
 
-    peers = [
-        DiffusersBehindALock(student, num_threads, scratch)
-        for num_threads in sorted({1, machine.hardware()["cores"]})
-    ]
     trials: dict[str, float] = {}
     difference = 0
-    for peer in peers:
-        with peer.start() as server:
-            difference = max(difference, largest_difference(our_pictures, asyncio.run(draw(server, plan))))
-            trials[peer.name] = asyncio.run(measure(server, bodies, plan)).saturated.pictures_per_s
-        console.print(f"{peer.name}: {trials[peer.name]} pictures/s in a trial")
-    peer = max(peers, key=lambda one: trials[one.name])
+    contenders: list[Contender] = [ours]
+    for settings in rivals(peers, student=student, bundle=built, scratch=scratch).values():
+        for peer in settings:
+            with peer.start() as server:
+                theirs = asyncio.run(draw(server, plan))
+                difference = max(difference, largest_difference(our_pictures, theirs))
+                trials[peer.name] = asyncio.run(measure(server, bodies, plan)).saturated.pictures_per_s
+            console.print(f"{peer.name}: {trials[peer.name]} pictures/s in a trial")
+        contenders.append(max(settings, key=lambda one: trials[one.name]))
     console.print(f"same prompts and seeds: pixels differ by at most {difference} of 255")
 
-    rounds: dict[str, list[Round]] = {ours.name: [], peer.name: []}
-    contenders: tuple[Contender, Contender] = (ours, peer)
+    rounds: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
     for number, contender in itertools.product(range(plan.rounds), contenders):
         with contender.start() as server:
             one = asyncio.run(measure(server, bodies, plan))
@@ -214,9 +187,10 @@ def run(plan: Plan, *, bundle: Path | None, student: Path, scratch: Path, consol
         "largest_pixel_difference": difference,
         "rounds": {name: [asdict(one) for one in taken] for name, taken in rounds.items()},
         "medians": medians,
-        "ratio_pictures_per_s": round(
-            medians[ours.name]["pictures_per_s"] / medians[peer.name]["pictures_per_s"], 2
-        ),
+        "ratios_pictures_per_s": {
+            other.name: round(medians[ours.name]["pictures_per_s"] / medians[other.name]["pictures_per_s"], 2)
+            for other in contenders[1:]
+        },
     }
 
 
@@ -228,7 +202,7 @@ def table(result: dict[str, Any]) -> Table:
         caption=(
             f"medians of {plan['rounds']} alternating rounds; idle: one request at a time; "
             f"saturated: {plan['concurrency']} clients for {plan['seconds']:g} s. "
-            f"{result['ratio_pictures_per_s']} times the pictures/s; "
+            f"{' and '.join(map(str, result['ratios_pictures_per_s'].values()))} times the pictures/s; "
             f"pixels differ by at most {result['largest_pixel_difference']} of 255."
         ),
         box=box.SIMPLE_HEAD,
@@ -241,6 +215,8 @@ def table(result: dict[str, Any]) -> Table:
         "images\nper s",
         "sat. p50\nms",
         "sat. p95\nms",
+        "CPU\nms/image",
+        "memory\nMiB",
     ):
         shown.add_column(heading, justify="right")
     for name, medians in result["medians"].items():
@@ -256,6 +232,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m loadtests.bench", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--bundle", type=Path, help="bundle to serve (default: the shipped student)")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        default=["lock"],
+        help="a diffusers pipeline behind a lock, LitServe around one, LitServe around our engine; it is "
+        "installed for it into a folder that is thrown away (default: lock)",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="rounds for each server (default 3)")
     parser.add_argument(
         "--seconds", type=float, default=20.0, help="measured window at saturation (default 20)"
@@ -288,7 +272,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="tdm-bench-") as scratch:
         try:
             result = run(
-                plan, bundle=bundle, student=student.resolve(), scratch=Path(scratch), console=console
+                plan,
+                bundle=bundle,
+                student=student.resolve(),
+                peers=arguments.peers,
+                scratch=Path(scratch),
+                console=console,
             )
         except (BadReplyError, RuntimeError, aiohttp.ClientError, TimeoutError) as error:
             console.print(f"failed: {error!r}", markup=False)

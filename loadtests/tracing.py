@@ -28,8 +28,9 @@ import httpx
 from rich.console import Console
 
 from loadtests import machine, prompts
-from loadtests.bench import RESULTS, SHIPPED_STUDENT, OurServer, Plan, Round, measure, summary
+from loadtests.bench import RESULTS, SHIPPED_STUDENT, Plan, Round, measure, summary
 from loadtests.client import BadReplyError
+from loadtests.contenders import OurServer
 from loadtests.process import ROOT, free_port
 
 OFF, ON = "without", "with"

@@ -43,6 +43,8 @@ NEVER: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
             "loadtests/gpu/",
             "loadtests/witness/",
             "loadtests/scaling/",
+            "loadtests/peers/",
+            "loadtests/batching/",
         ),
     ),
     ("loadtests.queue", ("engines", "tests", "torch"), ("loadtests/queue/ours.py",)),

@@ -1,0 +1,130 @@
+"""LitServe with dynamic batching, around the student in a diffusers pipeline or around our own engine.
+
+It answers the same route in the same wire format as ours, from the same student, so that one client measures
+all. Its queue lives in memory: what it has accepted is lost with its process, and nobody learns how long a
+request will take. What is measured is what it costs to promise more.
+
+    python -m loadtests.peers.litserve_batches STUDENT --port 8001 --batch 8     a diffusers pipeline
+    python -m loadtests.peers.litserve_batches BUNDLE --port 8001 --batch 16     our `Pipeline`
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import litserve  # type: ignore[import-not-found]  # installed for the benchmark that compares with it
+import torch
+from PIL import Image
+
+from loadtests.peers.diffusers_lock import Student, png_base64
+
+WAIT_S = 0.005
+"""For more requests, while a batch is not full."""
+
+
+class Eager:
+    """The student as the peer behind a lock has it, several pictures at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._student = Student(directory, num_threads=1)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """A picture of each prompt."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with torch.inference_mode():
+            images: list[Image.Image] = self._student.pipeline(
+                list(prompts), generator=generators, **self._student.arguments
+            ).images
+        return images
+
+
+class Compiled:
+    """A bundle in the engine that our own workers run."""
+
+    def __init__(self, bundle: Path) -> None:
+        from engines.runtime.pipeline import Pipeline
+
+        self._pipeline = Pipeline.load(bundle, num_threads=1)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """A picture of each prompt."""
+        from engines.runtime.pipeline import Sample
+
+        manifest = self._pipeline.manifest
+        run = self._pipeline.prepare(
+            [
+                Sample(
+                    prompt=prompt,
+                    seed=seed,
+                    num_steps=manifest.default_num_steps,
+                    bucket=manifest.buckets[0],
+                )
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
+        )
+        while not run.finished:
+            self._pipeline.step(run)
+        return [Image.fromarray(pixels[0]) for pixels in self._pipeline.decode(run)]
+
+
+class Pictures(litserve.LitAPI):
+    """The route, batched."""
+
+    def __init__(self, directory: Path, max_batch: int) -> None:
+        super().__init__(max_batch_size=max_batch, batch_timeout=WAIT_S, api_path="/v1/images/generations")
+        self._directory = directory
+
+    def setup(self, device: str) -> None:  # noqa: ARG002 (LitServe's signature)
+        """Load, in each worker, and draw something, so that the first request finds everything warm."""
+        torch.set_num_threads(1)
+        is_bundle = (self._directory / "manifest.json").exists()
+        self._engine = Compiled(self._directory) if is_bundle else Eager(self._directory)
+        self._engine.draw(["a red sphere"], [0])
+
+    def decode_request(self, request: dict[str, Any]) -> tuple[str, int]:
+        """Prompt and seed."""
+        return request["prompt"], request.get("seed", 0)
+
+    def predict(self, asked: Any) -> list[Image.Image]:
+        """A picture of each request: a list of them, or one alone where batches hold one."""
+        prompts, seeds = zip(*(asked if isinstance(asked, list) else [asked]), strict=True)
+        return self._engine.draw(prompts, seeds)
+
+    def unbatch(self, output: list[Image.Image]) -> list[Image.Image]:
+        """They are in a list already."""
+        return output
+
+    def encode_response(self, output: Image.Image) -> dict[str, Any]:
+        """The wire format."""
+        return {"created": int(time.time()), "data": [{"b64_json": png_base64(output)}]}
+
+
+def main() -> None:
+    """Serve until interrupted."""
+    parser = argparse.ArgumentParser(description="the same student behind LitServe")
+    parser.add_argument("directory", type=Path, help="a student, or a bundle")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread (2)")
+    parser.add_argument("--batch", type=int, default=8, help="most pictures drawn at once (8)")
+    arguments = parser.parse_args()
+    server = litserve.LitServer(
+        Pictures(arguments.directory, arguments.batch),
+        accelerator="cpu",
+        workers_per_device=arguments.workers,
+        healthcheck_path="/readyz",
+        timeout=False,
+    )
+    server.run(
+        host="127.0.0.1",
+        port=arguments.port,
+        num_api_servers=1,
+        log_level="warning",
+        generate_client_file=False,
+        access_log=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
