@@ -3,17 +3,22 @@
 Everything follows from the bundle's measured cost curve `cost(n)`, ms for a batch of n, and from when the
 last jobs arrived.
 
-How many. `m` samples cut into batches of n finish one batch after another; the best n is the one with the
-least mean finish time. That holds as long as batches of n keep up with the arrivals: n / cost(n) must exceed
-their rate, with some headroom. Where no n does, the queue grows whatever we do, so the n with the most
-samples per ms is best; of those as good as equal the smallest: what gains nothing is not batched.
+How many. Samples are cut into batches in the order they are served, and a job finishes with the batch that
+its last sample is in. While a batch of n runs, all that wait lose cost(n): the jobs in hand that are not
+finished, and those that will come before the engine is idle again. At an engine that is loaded to a share r
+of what it can do, these are r / (1 - r) for each job in hand (the busy period of a queue). So the best cut
+has the least sum of cost(n) times those who wait, and follows from the best cuts of what is left (dynamic
+programming); only the last batch costs those to come no more than its samples at their cheapest, since they
+will fill it up. For an idle engine that is the least mean finish time; the busier it is, the more it is the
+most samples per ms. What gains nothing is not batched.
 
-When. Say k samples are in hand and another comes after T ms. Waiting makes all k + 1 finish at
-T + cost(k + 1); going ahead makes k finish at cost(k) and the late one at cost(k) + cost(1). So waiting
-lowers the sum of finish times by cost(1) - (k + 1) (cost(k + 1) - cost(k)) - (k + 1) T; waiting for w ms in
-vain raises it by k w. T is drawn from the gaps seen lately that are longer than the silence so far, so both
-have an expectation, and we wait as long as that is best, or not at all. Where k do not keep up, the same is
-done for the engine's time: waiting wins (k + 1) cost(k) / k - cost(k + 1) - T ms of it, or loses w.
+When. Say k samples of j jobs are in hand and another job comes after T ms. Waiting makes all j + 1 finish at
+T + cost(k + 1); going ahead makes j finish at cost(k) and the late one at cost(k) + cost(1). So waiting
+lowers the sum of finish times by cost(1) - (j + 1) (cost(k + 1) - cost(k)) - (j + 1) T; waiting for w ms in
+vain raises it by j w. T is drawn from the gaps seen lately that are longer than the silence so far, so both
+have an expectation, and we wait as long as that is best, or not at all. Where batches of k do not keep up
+with the arrivals, with some headroom, the same is done for the engine's time: waiting wins
+(k + 1) cost(k) / k - cost(k + 1) - T ms of it, or loses w.
 """
 
 from __future__ import annotations
@@ -29,14 +34,14 @@ from engines.bundle.bucket import Bucket
 CostModel = Callable[[Bucket, int, int], float]
 """(bucket, num_steps, batch) -> ms, above 0; `Manifest.predict_ms`."""
 
+# A load is estimated from few arrivals: more than this is not told from a queue that grows for ever.
+MAX_LOAD = 0.98
 # To keep up with arrivals that bunch up, an engine must be this much faster than their mean rate.
 HEADROOM = 1.25
-# Rates closer than this are equal: the cost curve is a measurement.
-EQUAL = 0.98
 # Times come in whole ms: what is due now may come within the next one.
 TICK_MS = 1.0
 # A queue longer than this many full batches is simply long.
-MAX_BATCHES_AHEAD = 8
+MAX_BATCHES_AHEAD = 4
 
 
 class Batchable(Protocol):
@@ -92,6 +97,7 @@ def decide(
     waited_ms: float,
     next_ms: Sequence[float],
     rows_per_ms: float,
+    lately_per_ms: float,
     backlog: int,
     max_batch: int,
     cost_ms: CostModel,
@@ -104,6 +110,7 @@ def decide(
         waited_ms: how long the engine has been idle with the first of these rows in hand.
         next_ms: equally likely times until the next job arrives; empty if none is expected.
         rows_per_ms: mean rate at which samples have been arriving here.
+        lately_per_ms: the same over fewer jobs, which soon knows that a rush is over.
         backlog: samples that wait elsewhere for this or another worker.
         max_batch: most rows that run together, in the first row's bucket.
         cost_ms: the cost curve.
@@ -118,34 +125,78 @@ def decide(
     def cost(batch: int) -> float:
         return cost_ms(bucket, num_steps, batch)
 
-    batch = tuple(fitting[: best_batch(len(fitting) + backlog, max_batch, rows_per_ms, cost)])
+    ends = _ends(fitting, backlog, MAX_BATCHES_AHEAD * max_batch)
+    batch = tuple(fitting[: best_batch(ends, max_batch, rows_per_ms, cost)])
     if backlog or len(batch) == max_batch or len(batch) < len(fitting):
         return Run(batch)  # whoever could join is here or held by another worker: nobody to wait for
     slack_ms = min(row.leased_job.deadline_ms for row in batch) - now_ms - cost(len(batch) + 1)
     patience_ms = min(cost(1) - waited_ms, slack_ms)  # nobody is held back longer than one picture takes
-    wait_ms = best_wait(len(batch), next_ms, rows_per_ms, cost)
+    wait_ms = best_wait(len(batch), len(ends), next_ms, lately_per_ms, cost)
     return Wait(wait_ms) if 0 < wait_ms <= patience_ms else Run(batch)
 
 
-def best_batch(num_rows: int, max_batch: int, rows_per_ms: float, cost: Callable[[int], float]) -> int:
-    """The size, 1 to `max_batch`, of the batches that `num_rows` samples are best cut into."""
-    num_rows = min(num_rows, MAX_BATCHES_AHEAD * max_batch)
-    sizes = range(1, min(num_rows, max_batch) + 1)
-    sustaining = [size for size in sizes if _keeps_up(size, rows_per_ms, cost)]
-    if sustaining:  # the largest of equals: fewer calls for the same finish times
-        return min(reversed(sustaining), key=lambda size: _sum_of_finish_times(num_rows, size, cost))
-    most = max(size / cost(size) for size in sizes)
-    return next(size for size in sizes if size / cost(size) >= EQUAL * most)
+def _ends(rows: Sequence[Row[J]], backlog: int, most: int) -> list[int]:
+    """How many samples are drawn when each job is finished, rising; in the backlog each is a job.
+
+    What lies beyond `most` is not looked at.
+    """
+    ends = [
+        number
+        for number, (one, after) in enumerate(pairwise(rows), 1)
+        if one.leased_job is not after.leased_job
+    ]
+    ends += range(len(rows), len(rows) + backlog + 1)
+    return list(dict.fromkeys(min(end, most) for end in ends))
+
+
+def best_batch(ends: Sequence[int], max_batch: int, rows_per_ms: float, cost: Callable[[int], float]) -> int:
+    """The size, 1 to `max_batch`, of the first batch that samples are best cut into.
+
+    Args:
+        ends: how many of them are drawn when each of their jobs is finished, rising.
+        max_batch: samples that run together.
+        rows_per_ms: at which more come.
+        cost: ms of a batch.
+    """
+    num_rows = ends[-1]
+    costs = [0.0, *(cost(size) for size in range(1, max_batch + 1))]
+    best_ms = min(costs[size] / size for size in range(1, max_batch + 1))  # of a sample
+    load = min(rows_per_ms * best_ms, MAX_LOAD)
+    to_come = len(ends) * load / (1 - load)
+    unfinished = _unfinished(ends)
+    least = [0.0] * (num_rows + 1)
+    """Sum of what all lose from then on, by the number of samples that are drawn."""
+    lost: list[float] = []
+    for drawn in range(num_rows - 1, -1, -1):
+        jobs, left = unfinished[drawn], num_rows - drawn
+        lost = [
+            (jobs + to_come) * costs[size] + least[drawn + size]
+            for size in range(1, min(max_batch, left - 1) + 1)
+        ]
+        if left <= max_batch:  # others will fill it up
+            lost.append(jobs * costs[left] + to_come * left * best_ms)
+        least[drawn] = min(lost)
+    return len(lost) - lost[::-1].index(least[0])  # of equals the largest: fewer calls for the same times
+
+
+def _unfinished(ends: Sequence[int]) -> list[int]:
+    """How many jobs are not finished, by the number of samples that are drawn."""
+    counts, done = [], 0
+    for drawn in range(ends[-1] + 1):
+        while done < len(ends) and ends[done] <= drawn:
+            done += 1
+        counts.append(len(ends) - done)
+    return counts
 
 
 def best_wait(
-    num_rows: int, next_ms: Sequence[float], rows_per_ms: float, cost: Callable[[int], float]
+    num_rows: int, num_jobs: int, next_ms: Sequence[float], rows_per_ms: float, cost: Callable[[int], float]
 ) -> float:
-    """How long (ms) `num_rows` samples should wait for one more; 0 if they should not."""
+    """How long (ms) `num_rows` samples of so many jobs should wait for one more; 0 if they should not."""
     more = num_rows + 1
-    saved_ms = cost(1) - more * (cost(more) - cost(num_rows))
-    wait_ms = _best_stop(next_ms, saved_ms, per_ms=more, in_vain_per_ms=num_rows)
-    if not _keeps_up(num_rows, rows_per_ms, cost):
+    saved_ms = cost(1) - (num_jobs + 1) * (cost(more) - cost(num_rows))
+    wait_ms = _best_stop(next_ms, saved_ms, per_ms=num_jobs + 1, in_vain_per_ms=num_jobs)
+    if num_rows / cost(num_rows) < HEADROOM * rows_per_ms:
         saved_ms = more * cost(num_rows) / num_rows - cost(more)
         wait_ms = max(wait_ms, _best_stop(next_ms, saved_ms, per_ms=1, in_vain_per_ms=1))
     return wait_ms
@@ -166,21 +217,12 @@ def _best_stop(next_ms: Sequence[float], saved: float, *, per_ms: float, in_vain
     return best_ms
 
 
-def _keeps_up(size: int, rows_per_ms: float, cost: Callable[[int], float]) -> bool:
-    return size / cost(size) >= HEADROOM * rows_per_ms
-
-
-def _sum_of_finish_times(num_rows: int, size: int, cost: Callable[[int], float]) -> float:
-    full, rest = divmod(num_rows, size)
-    last = rest * (full * cost(size) + cost(rest)) if rest else 0.0
-    return size * cost(size) * full * (full + 1) / 2 + last
-
-
 class Arrivals:
     """What to expect of the next jobs, from when the last ones were accepted."""
 
-    def __init__(self, num_jobs: int = 20) -> None:
-        """Goes by the last `num_jobs` jobs."""
+    def __init__(self, num_gaps: int = 20, num_jobs: int = 60) -> None:
+        """Goes by the last `num_gaps` jobs for when the next one comes, by `num_jobs` for their rate."""
+        self._num_gaps = num_gaps
         self._accepted: deque[tuple[float, int]] = deque(maxlen=num_jobs)
 
     def observe(self, accepted_ms: float, num_rows: int = 1) -> None:
@@ -190,7 +232,7 @@ class Arrivals:
 
     def next_ms(self, now_ms: float) -> list[float]:
         """Equally likely times until the next job: the rest of each gap longer than the silence so far."""
-        times = [accepted_ms for accepted_ms, _ in self._accepted]
+        times = [accepted_ms for accepted_ms, _ in self._accepted][-self._num_gaps :]
         if not times:
             return []
         silence_ms = max(0.0, now_ms - times[-1])
@@ -199,6 +241,14 @@ class Arrivals:
 
     def rows_per_ms(self, now_ms: float) -> float:
         """Mean rate of samples; 0 if nothing is known."""
-        if len(self._accepted) < 2:
-            return 0.0
-        return sum(rows for _, rows in self._accepted) / max(1.0, now_ms - self._accepted[0][0])
+        return _rate(self._accepted, now_ms)
+
+    def lately_per_ms(self, now_ms: float) -> float:
+        """The same over the jobs that `next_ms` goes by."""
+        return _rate(list(self._accepted)[-self._num_gaps :], now_ms)
+
+
+def _rate(accepted: Sequence[tuple[float, int]], now_ms: float) -> float:
+    if len(accepted) < 2:
+        return 0.0
+    return sum(rows for _, rows in accepted) / max(1.0, now_ms - accepted[0][0])

@@ -169,6 +169,7 @@ class Batcher:
             waited_ms=waited_ms,
             next_ms=self._arrivals.next_ms(now_ms),
             rows_per_ms=self._arrivals.rows_per_ms(now_ms),
+            lately_per_ms=self._arrivals.lately_per_ms(now_ms),
             backlog=self._backlog,
             max_batch=self._limits.get(rows[0].leased_job.bucket, self._max_batch),
             cost_ms=self._cost_ms,

@@ -15,13 +15,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 from engines.bundle.bucket import Bucket
-from server.worker.batch_policy import Arrivals, Row, Wait, decide
+from server.worker.batch_policy import Arrivals, Row, Run, Wait, decide
 
 # Only sizes and steps that are alike run together, so one of each is enough to plan with.
 _BUCKET = Bucket(64, 64)
 NEVER_MS = 1 << 62
+Policy = Callable[..., Run[Any] | Wait]
+"""Takes and returns what `batch_policy.decide` does."""
 
 
 @dataclass(eq=False, slots=True)
@@ -122,12 +125,19 @@ class _Worker:
 class Fleet:
     """Workers, the queue before them, and what happens next. `control` may `add` and `remove` some."""
 
-    def __init__(self, batch_ms: Callable[[int], float], max_batch: int, num_workers: int) -> None:
-        """Begins at 0 ms with idle workers; arguments as of `simulate`."""
+    def __init__(
+        self,
+        batch_ms: Callable[[int], float],
+        max_batch: int,
+        num_workers: int,
+        policy: Policy = decide,
+    ) -> None:
+        """Begins at 0 ms with idle workers; arguments as of `simulate`, and what to compare `decide` with."""
         self.runs: list[tuple[float, float, int]] = []
         """Start and end (ms) and number of samples of each batch."""
         self._batch_ms = cache(batch_ms)  # asked a few times for each arrival
         self._max_batch = max_batch
+        self._policy = policy
         self._workers = [_Worker(idle_since_ms=0.0) for _ in range(num_workers)]
         self._queue: deque[Row[SimulatedJob]] = deque()
         self._ends: dict[SimulatedJob, float] = {}
@@ -240,12 +250,13 @@ class Fleet:
         if not worker.held:
             return
         idle_since_ms = worker.idle_since_ms or 0.0
-        decision = decide(
+        decision = self._policy(
             worker.held,
             now_ms=now_ms,
             waited_ms=now_ms - max(idle_since_ms, worker.held[0].leased_job.came_ms),
             next_ms=worker.arrivals.next_ms(now_ms),
             rows_per_ms=worker.arrivals.rows_per_ms(now_ms),
+            lately_per_ms=worker.arrivals.lately_per_ms(now_ms),
             backlog=len(self._queue),
             max_batch=self._max_batch,
             cost_ms=lambda _bucket, _steps, batch: self._batch_ms(batch),

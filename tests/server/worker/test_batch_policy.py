@@ -1,16 +1,27 @@
 """What runs together and when, on cost curves of engines that like batches and of ones that do not."""
 
 import random
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.bundle.bucket import Bucket
-from server.worker.batch_policy import Arrivals, CostModel, Row, Run, Wait, best_batch, best_wait, decide
+from server.worker.batch_policy import (
+    Arrivals,
+    CostModel,
+    Row,
+    Run,
+    Wait,
+    best_batch,
+    best_wait,
+    decide,
+)
 
 SMALL, LARGE = Bucket(64, 64), Bucket(1024, 1024)
 NOW_MS = 1_000_000
@@ -55,7 +66,13 @@ def rows_of(name: str, num_samples: int, **job: Any) -> list[Row[Leased]]:
 
 def decided(rows: Sequence[Row[Leased]], cost: CostModel = typical, **state: Any) -> Run[Leased] | Wait:
     quiet = {"waited_ms": 0.0, "next_ms": (), "rows_per_ms": 0.0, "backlog": 0}
-    return decide(rows, cost_ms=cost, **{"now_ms": NOW_MS, "max_batch": 8, **quiet, **state})
+    state = {"now_ms": NOW_MS, "max_batch": 8, **quiet, **state}
+    return decide(rows, cost_ms=cost, **{"lately_per_ms": state["rows_per_ms"], **state})
+
+
+def singles(num_jobs: int) -> range:
+    """Where jobs of one sample end."""
+    return range(1, num_jobs + 1)
 
 
 def names(decision: Run[Leased] | Wait) -> list[str]:
@@ -100,17 +117,69 @@ def test_long_queue_is_cut_for_throughput_and_a_short_one_for_latency() -> None:
     def cost(batch: int) -> float:
         return {1: 10.0, 2: 20.0, 3: 24.0, 4: 26.0}[batch]
 
-    assert best_batch(2, 4, 0.0, cost) == 1
-    assert best_batch(100, 4, 0.0, cost) == 4
+    assert best_batch(singles(2), 4, 0.0, cost) == 1
+    assert best_batch(singles(32), 4, 0.0, cost) == 4
+
+
+def test_samples_of_one_job_are_drawn_together_although_the_first_would_be_ready_sooner() -> None:
+    def cost(batch: int) -> float:
+        return 10.0 + 10.0 * batch
+
+    assert best_batch(singles(8), 8, 0.0, cost) < 5
+    assert best_batch([8], 8, 0.0, cost) == 8
+    assert best_batch([1, 9], 9, 0.0, cost) == 1  # a job of eight keeps nobody who is before it
+    assert best_batch([8, 9], 9, 0.0, cost) in (8, 9)
+    rows = [*rows_of("eight", 8), row("one")]
+    assert len(names(decided(rows, typical))) == 8
+
+
+@settings(deadline=None)
+@given(
+    num_samples=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    max_batch=st.integers(1, 6),
+    start_ms=st.floats(0, 30),
+)
+def test_no_other_cut_has_jobs_finish_sooner(num_samples: list[int], max_batch: int, start_ms: float) -> None:
+    def cost(batch: int) -> float:
+        return start_ms + 7.0 * batch
+
+    def cuts(num_rows: int) -> Iterator[tuple[int, ...]]:
+        if num_rows == 0:
+            yield ()
+        for size in range(1, min(num_rows, max_batch) + 1):
+            yield from ((size, *rest) for rest in cuts(num_rows - size))
+
+    ends = list(accumulate(num_samples))
+
+    def sum_of_finish_times(cut: tuple[int, ...]) -> float:
+        drawn, after_ms = list(accumulate(cut)), list(accumulate(map(cost, cut)))
+        return sum(after_ms[bisect_left(drawn, end)] for end in ends)
+
+    first = best_batch(ends, max_batch, 0.0, cost)
+    ours = min(sum_of_finish_times(cut) for cut in cuts(ends[-1]) if cut[0] == first)
+    assert ours == pytest.approx(min(map(sum_of_finish_times, cuts(ends[-1]))))
+
+
+def test_the_more_is_to_come_the_more_a_batch_does_in_its_time() -> None:
+    def cost(batch: int) -> float:
+        return typical(SMALL, 4, batch)
+
+    most_per_ms = 8 / cost(8)
+    loads = (0.0, 0.3, 0.6, 0.9, 1.5)
+    sizes = [best_batch(singles(11), 8, load * most_per_ms, cost) for load in loads]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 6
+    assert sizes[-1] == 8
+    assert {best_batch(singles(11), 8, load, lambda batch: 10.0 * batch) for load in loads} == {1}
 
 
 def test_engine_that_would_fall_behind_takes_the_batch_with_the_most_samples_per_ms() -> None:
     def cost(batch: int) -> float:
         return 5.0 + 5.0 * batch
 
-    assert best_batch(4, 8, 0.0, cost) == 3
-    assert best_batch(4, 8, 0.16, cost) == 4
-    assert best_batch(4, 8, 0.16, lambda batch: 10.0 * batch) == 1  # batching would not help it
+    assert best_batch(singles(4), 8, 0.0, cost) == 3
+    assert best_batch(singles(4), 8, 0.16, cost) == 4
+    assert best_batch(singles(4), 8, 0.16, lambda batch: 10.0 * batch) == 1  # batching would not help it
 
 
 def test_retried_job_runs_alone() -> None:
@@ -134,7 +203,8 @@ def test_job_waits_for_one_that_comes_within_half_its_own_time() -> None:
 
 
 def test_the_more_jobs_are_kept_waiting_the_sooner_the_next_must_come() -> None:
-    assert [best_wait(k, [9.0], 0.0, lambda _: 40.0) for k in (1, 3, 4)] == [9.0, 9.0, 0.0]
+    assert [best_wait(k, k, [9.0], 0.0, lambda _: 40.0) for k in (1, 3, 4)] == [9.0, 9.0, 0.0]
+    assert best_wait(4, 1, [9.0], 0.0, lambda _: 40.0) == 9.0  # four of one job: it alone is kept
 
 
 def test_burst_is_waited_for_only_as_long_as_it_lasts() -> None:
@@ -161,9 +231,9 @@ def test_engine_that_falls_behind_waits_if_that_gives_more_samples_per_ms() -> N
     def cost(batch: int) -> float:
         return 5.0 + 5.0 * batch
 
-    assert best_wait(1, [1.0], 0.0, cost) == 0.0
-    assert best_wait(1, [1.0], 0.2, cost) == 1.0
-    assert best_wait(1, [6.0], 0.2, cost) == 0.0
+    assert best_wait(1, 1, [1.0], 0.0, cost) == 0.0
+    assert best_wait(1, 1, [1.0], 0.2, cost) == 1.0
+    assert best_wait(1, 1, [6.0], 0.2, cost) == 0.0
 
 
 def test_deadline_forbids_a_wait_that_would_miss_it() -> None:
@@ -184,7 +254,7 @@ def test_waiting_for_a_sure_arrival_is_chosen_exactly_when_it_lowers_the_sum_of_
         for gap_ms in (0.5, 1.0, 2.0, 3.0, 5.0, 8.0):
             together = (held + 1) * (gap_ms + cost(held + 1))
             one_late = held * cost(held) + cost(held) + cost(1)
-            assert best_wait(held, [gap_ms], 0.0, cost) == (gap_ms if together < one_late else 0.0)
+            assert best_wait(held, held, [gap_ms], 0.0, cost) == (gap_ms if together < one_late else 0.0)
 
 
 @given(
@@ -249,6 +319,7 @@ def closed_loop(cost: Callable[[int], float], num_clients: int, *, think_ms: flo
             waited_ms=now_ms - idle_since,
             next_ms=arrivals.next_ms(now_ms),
             rows_per_ms=arrivals.rows_per_ms(now_ms),
+            lately_per_ms=arrivals.lately_per_ms(now_ms),
             backlog=0,
             max_batch=max_batch,
             cost_ms=lambda _bucket, _steps, batch: cost(batch),
