@@ -171,6 +171,7 @@ def run_plan(_: Settings, args: argparse.Namespace) -> int:
         num_workers=args.workers,
         size=args.size,
         num_steps=args.steps,
+        pace=args.pace,
         price=args.price,
         as_json=args.json,
         console=Console(),
@@ -308,6 +309,13 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="MS",
         help="what a request takes beside waiting and engine (0)",
+    )
+    plan.add_argument(
+        "--pace",
+        type=_positive,
+        default=1.0,
+        metavar="X",
+        help="what batches take where they are served, over the table: tdm_engine_pace_ratio under load (1)",
     )
     plan.add_argument("--price", type=_positive, metavar="X", help="of one worker's machine for an hour")
     plan.add_argument("--json", action="store_true", help="print JSON")

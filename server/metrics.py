@@ -66,7 +66,7 @@ STAGE_BUCKETS = (
 OP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 FILL_BUCKETS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-ETA_BUCKETS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2, 4, 10)
+ETA_BUCKETS = (0.1, 0.25, 0.5, 0.8, 0.9, 1.1, 1.2, 1.5, 2, 4, 10)
 
 
 MetricT = TypeVar("MetricT", Counter, Gauge, Histogram)
@@ -241,6 +241,11 @@ class Metrics:
         self.gpu_oom = counter("gpu_oom_total", "Batches that ran out of memory.", "gpu")
         self.version_jobs = counter(
             "version_jobs_total", "Jobs that a version of a bundle has ended.", "class", "version", "outcome"
+        )
+        self.pace = gauge(
+            "engine_pace_ratio",
+            "What batches take, over the bundle's latency table: median of the last 15.",
+            "class",
         )
         self.model_load = gauge("model_load_seconds", "Loading and warming up the bundle.", "class")
         self.engine_info = gauge(

@@ -201,6 +201,10 @@ ROWS: dict[str, list[Panel]] = {
             unit="s",
             queries={"{{class}}": ratio("tdm_output_engine_seconds_sum", "tdm_output_engine_seconds_count")},
         ),
+        Panel(
+            title="Batches, over the latency table",
+            queries={"{{instance}} {{class}}": f"tdm_engine_pace_ratio{{{CLASS}}}"},
+        ),
     ],
     "GPU": [
         Panel(

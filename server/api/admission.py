@@ -1,7 +1,8 @@
 """Admission: accept a job, or refuse it with the time at which asking again makes sense. Pure functions.
 
 Few-step students cost nearly the same every time, so the bundle's measured latency table predicts when a job
-that joins the queue now would be finished. Who is refused learns it at once, instead of after a timeout.
+that joins the queue now would be finished, corrected by how long the workers' last batches really took. Who
+is refused learns it at once, instead of after a timeout.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Load:
         running_ms: of the jobs that workers hold, from their start.
         num_workers: live workers.
         max_batch: samples that one worker runs at once.
+        pace: what the workers' batches take now, over what is predicted for them.
+        beside_ms: what a job takes now once it is drawn.
     """
 
     waiting: int
@@ -46,6 +49,8 @@ class Load:
     running_ms: float
     num_workers: int
     max_batch: int
+    pace: float = 1.0
+    beside_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +92,7 @@ def decide(
 
 
 def own_ms(load: Load, batch_ms: Callable[[int], float], num_samples: int) -> float:
-    """How long a worker takes for a job that it has to itself.
+    """How long a worker takes for a job that it has to itself, by the table.
 
     Args:
         load: the queue as it is now.
@@ -103,17 +108,18 @@ def predict_eta_ms(load: Load, own: float, *, ahead_ms: float | None = None) -> 
     Args:
         load: the queue as it is now.
         own: its own time, from `own_ms`.
-        ahead_ms: engine time of the jobs served before it; by default of all that wait and run.
+        ahead_ms: by the table, of the jobs served before it; by default of all that wait and run.
     """
     if load.num_workers == 0:
         return None
     ahead_ms = load.waiting_ms + load.running_ms if ahead_ms is None else ahead_ms
-    return ahead_ms / load.num_workers + own
+    return load.pace * (ahead_ms / load.num_workers + own) + load.beside_ms
 
 
 def max_ahead_ms(load: Load, own: float, deadline_ms: float) -> float | None:
-    """The most work of others with which a job still makes its deadline; None with no live worker."""
-    return max(0.0, deadline_ms - own) * load.num_workers if load.num_workers else None
+    """The most work of others, by the table, with which a job makes its deadline; None with no worker."""
+    left_ms = max(0.0, (deadline_ms - load.beside_ms) / load.pace - own)
+    return left_ms * load.num_workers if load.num_workers else None
 
 
 def drain_ms(load: Load, max_waiting: int) -> float:
@@ -121,7 +127,7 @@ def drain_ms(load: Load, max_waiting: int) -> float:
     if load.num_workers == 0 or load.waiting == 0:
         return NO_WORKER_RETRY_MS
     num_to_go = max(1, load.waiting - max_waiting + 1)
-    return max(MIN_RETRY_MS, num_to_go * load.waiting_ms / load.waiting / load.num_workers)
+    return max(MIN_RETRY_MS, num_to_go * load.pace * load.waiting_ms / load.waiting / load.num_workers)
 
 
 def late_ms(eta_ms: float, deadline_ms: float) -> float:

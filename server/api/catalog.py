@@ -73,6 +73,8 @@ class ServedModel:
             waiting_ms=self.stats.waiting_ms,
             running_ms=self.stats.running_ms,
             num_workers=len(workers),
+            pace=self.stats.pace.ratio,
+            beside_ms=self.stats.pace.beside_ms,
             max_batch=min((worker.max_batch for worker in workers), default=max(self.manifest.batch_sizes)),
         )
 

@@ -92,6 +92,23 @@ class WorkerInfo:
     num_steps: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a worker is, by what it has done last.
+
+    Attributes:
+        ratio: what batches take, over the latency table of its bundle.
+        beside_ms: from a job's last pixel until its results are stored and announced.
+    """
+
+    ratio: float = 1.0
+    beside_ms: float = 0.0
+
+
+NO_PACE = Pace()
+"""Of a worker that has done nothing yet."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueStats:
     """One class at one moment.
@@ -103,6 +120,7 @@ class QueueStats:
         dead: dead letters that are kept.
         kept: finished jobs that are known.
         forgotten: finished jobs that were forgotten before their time because memory was short, ever.
+        pace: of the live workers together.
     """
 
     waiting: Mapping[Priority, int]
@@ -113,6 +131,7 @@ class QueueStats:
     forgotten: int = 0
     waiting_ms: float = 0.0
     running_ms: float = 0.0
+    pace: Pace = NO_PACE
     workers: tuple[WorkerInfo, ...]
 
     @property
@@ -155,6 +174,16 @@ def load_worker(text: str) -> WorkerInfo:
     read.setdefault("batch_ms", UNMEASURED_MS * read["max_batch"])  # by a worker of an earlier version
     fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
     return WorkerInfo(**fields)
+
+
+def dump_pace(pace: Pace) -> str:
+    """Both numbers, a space between them."""
+    return f"{pace.ratio:.4g} {pace.beside_ms:.4g}"
+
+
+def load_pace(text: str | None) -> Pace:
+    """Inverse of `dump_pace`; None is what a worker of an earlier version tells."""
+    return Pace(*map(float, text.split())) if text else NO_PACE
 
 
 def dump_request(request: GenerationRequest) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, harmonic_mean
 from typing import Any
 
 import redis.asyncio.client
 
 from server.job import Priority
 from server.queue.keys import class_prefix, waiting_key
-from server.queue.records import QueueStats, RedisHealth, load_worker
+from server.queue.records import Pace, QueueStats, RedisHealth, load_pace, load_worker
 
 HEALTH_SECTIONS = ("memory", "persistence", "stats")
 """Of Redis's INFO."""
@@ -28,6 +29,7 @@ def ask_stats(pipeline: redis.asyncio.client.Pipeline, model: str, now_ms: int) 
     pipeline.hgetall(f"{prefix}:pump")
     pipeline.zrangebyscore(f"{prefix}:alive", f"({now_ms}", "+inf")
     pipeline.hgetall(f"{prefix}:w")
+    pipeline.hgetall(f"{prefix}:pace")
 
 
 def load_stats(replies: Sequence[Any], now_ms: int) -> QueueStats:
@@ -35,7 +37,7 @@ def load_stats(replies: Sequence[Any], now_ms: int) -> QueueStats:
     num = len(Priority)
     waiting = dict(zip(Priority, replies[:num], strict=True))
     oldest = [score for first in replies[num : 2 * num] for _, score in first]
-    live, dead, kept, pump, alive, infos = replies[2 * num :]
+    live, dead, kept, pump, alive, infos, paces = replies[2 * num :]
     waiting_us = sum(int(pump.get(f"work:{priority}", 0)) for priority in Priority)
     return QueueStats(
         waiting=waiting,
@@ -47,7 +49,15 @@ def load_stats(replies: Sequence[Any], now_ms: int) -> QueueStats:
         waiting_ms=waiting_us / 1000,
         running_ms=(int(pump.get("work:live", 0)) - waiting_us) / 1000,
         workers=tuple(load_worker(infos[consumer]) for consumer in alive if consumer in infos),
+        pace=_mean_pace([load_pace(paces.get(consumer)) for consumer in alive if consumer in infos]),
     )
+
+
+def _mean_pace(paces: Sequence[Pace]) -> Pace:
+    """Of workers side by side: who is slow does less of the work."""
+    if not paces:
+        return Pace()
+    return Pace(harmonic_mean([pace.ratio for pace in paces]), fmean(pace.beside_ms for pace in paces))
 
 
 def load_health(info: Mapping[str, Any]) -> RedisHealth:

@@ -19,10 +19,13 @@ from server.queue.connection import SOCKET_TIMEOUT_S, connect
 from server.queue.keys import GROUP, MODELS_KEY, class_prefix, job_key, stream_of, waiting_key
 from server.queue.ops import Observe, observe_nothing, timed
 from server.queue.records import (
+    NO_PACE,
+    Pace,
     UnreadableJobError,
     WorkerInfo,
     dump_error,
     dump_outputs,
+    dump_pace,
     dump_worker,
     load_job,
 )
@@ -127,24 +130,31 @@ class WorkerQueue:
         self._observe = observe
         self._prefix = class_prefix(model)
         self._stream = stream_of(model, version)
-        self._announcement: tuple[WorkerInfo, str] | None = None
+        self._announcement: tuple[WorkerInfo, str, Pace] | None = None
         self._announce = False
 
     def close(self) -> None:
         """Disconnect."""
         self._redis.close()
 
-    def beat(self, info: WorkerInfo, manifest_json: str) -> None:
+    def beat(self, info: WorkerInfo, manifest_json: str, pace: Pace = NO_PACE) -> None:
         """Announce this worker, or say that it still lives; due every few seconds.
 
         The first time, and again if Redis lost its data, this also creates the consumer group and leaves the
         bundle's manifest for the api processes.
+
+        Args:
+            info: the worker.
+            manifest_json: its bundle's manifest.
+            pace: how fast it is.
         """
-        self._announcement = info, manifest_json
+        self._announcement = info, manifest_json, pace
         if isinstance(self.clock, RedisClock):
             with timed(self._observe, "time"):
                 self.clock.compare(self._redis.time)
-        fresh = self._call("beat", *self._who, self.clock(), WORKER_TTL_MS, dump_worker(info))
+        fresh = self._call(
+            "beat", *self._who, self.clock(), WORKER_TTL_MS, dump_worker(info), dump_pace(pace)
+        )
         self._announce = self._announce or bool(fresh)
         if self._announce:
             # A full Redis still serves; this comes with a later beat.

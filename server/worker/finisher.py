@@ -18,6 +18,7 @@ from server.queue.worker_queue import Settled, WorkerQueue
 from server.store import ResultStore
 from server.worker.heartbeat import Heartbeat
 from server.worker.leased_job import LeasedJob
+from server.worker.pace import RecentMedian
 from server.worker.packing import Packed, Provenance, pack, prompt_hash
 from server.worker.spans import Spans
 
@@ -46,7 +47,7 @@ class Finisher:
         version: str,
         unheard: Callable[[str], Sequence[str]] = lambda _: (),
         store_patience_s: float,
-        num_threads: int = 2,
+        num_threads: int = 8,
         max_pending: int = 64,
         clock: Callable[[], int],
     ) -> None:
@@ -74,13 +75,15 @@ class Finisher:
         self._unheard = unheard
         self._store_patience_s = store_patience_s
         self._clock = clock
+        self._beside = RecentMedian(0.0, 0)
         self._pool = ThreadPoolExecutor(num_threads, "finish")
         self._room = threading.BoundedSemaphore(max_pending)
         self._unfinished: set[Future[None]] = set()
 
     def finish(self, leased: LeasedJob) -> None:
         """Pack, store and complete a job whose samples are all drawn."""
-        self._submit(leased, lambda: self._finish(leased))
+        drawn_at = time.monotonic()
+        self._submit(leased, lambda: self._finish(leased, drawn_at))
 
     def fail(self, leased: LeasedJob, error: JobError, status: JobStatus = JobStatus.FAILED) -> None:
         """End a job without results."""
@@ -127,7 +130,7 @@ class Finisher:
             self._heartbeat.release([leased.lease])
             self._room.release()
 
-    def _finish(self, leased: LeasedJob) -> None:
+    def _finish(self, leased: LeasedJob, drawn_at: float) -> None:
         with self._spans.stage(leased, "pack"):
             packed = self._pack(leased)
         store_until = time.monotonic() + self._store_patience_s
@@ -150,6 +153,7 @@ class Finisher:
         settled = self._patiently(lambda: complete(leased.job, outputs, leased.timing_ms, warnings))
         self._spans.end(leased, Outcome.DONE if settled is Settled.OK else settled)
         if settled is Settled.OK:
+            self._heartbeat.note_pace(beside_ms=self._beside.observe(1000 * (time.monotonic() - drawn_at)))
             self._count_end(leased, Outcome.DONE)
             self._count_outputs(outputs)
             took_ms = self._clock() - leased.job.created_ms

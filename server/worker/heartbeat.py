@@ -6,16 +6,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from server.metrics import Metrics
 from server.queue.errors import QueueError
-from server.queue.records import WorkerInfo
+from server.queue.records import Pace, WorkerInfo
 from server.queue.worker_queue import Lease, Verdict, WorkerQueue
 
 log = logging.getLogger(__name__)
 
 # Progress is for people, and a cancel need not be quicker than one: beats come no closer than this.
 MIN_PERIOD_S = 0.2
+# Times that have changed by more than this factor are told at once, and at most this often (s).
+NEWS = 1.1
+NEWS_PERIOD_S = 1.0
+# What is less than this (ms) is no time.
+NO_TIME_MS = 5.0
 # How often leases are extended and the worker announced, as a share of the lease.
 PERIODS_PER_LEASE = 4
 
@@ -59,6 +65,8 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._progress: dict[Lease, int] = {}
         self._verdicts: dict[Lease, Verdict] = {}
+        self._pace = self._told = Pace()
+        self._next_announcement = self._next_news = -float("inf")
         self._last_pulse = time.monotonic()
         self._last_failure = -float("inf")
         self._hurry = threading.Event()
@@ -71,7 +79,7 @@ class Heartbeat:
         Raises:
             QueueError: Redis does not answer; the caller knows better than to serve without it.
         """
-        self._queue.beat(self._info, self._manifest_json)
+        self._announce()
         self.pulse()
         self._thread.start()
 
@@ -116,15 +124,19 @@ class Heartbeat:
             )
         self._hurry.set()
 
+    def note_pace(self, **seen: float) -> None:
+        """Note fields of `Pace` as they are now; the next announcement says so."""
+        with self._lock:
+            self._pace = replace(self._pace, **seen)
+
     def verdict(self, lease: Lease) -> Verdict:
         """What the last beat learnt about a lease."""
         with self._lock:
             return self._verdicts.get(lease, Verdict.OK)
 
     def _run(self) -> None:
-        next_announcement = time.monotonic() + self._period_s
         while not self._closed.wait(MIN_PERIOD_S):
-            self._hurry.wait(max(0.0, next_announcement - time.monotonic()))
+            self._hurry.wait(max(0.0, self._next_announcement - time.monotonic()))
             self._hurry.clear()
             if self._closed.is_set():
                 return
@@ -134,17 +146,30 @@ class Heartbeat:
                 )
                 self._on_stall()
                 return
-            due = time.monotonic() >= next_announcement
             try:
-                if due:
-                    self._queue.beat(self._info, self._manifest_json)
+                if self._announcement_is_due():
+                    self._announce()
                 self._extend()
             except QueueError as error:
                 self._last_failure = time.monotonic()
                 self._metrics.redis_errors.labels("heartbeat").inc()
                 log.warning("heartbeat: %s", error)
-            if due:
-                next_announcement = time.monotonic() + self._period_s
+
+    def _announcement_is_due(self) -> bool:
+        now = time.monotonic()
+        pace, told = self._pace, self._told
+        is_news = _differ(pace.ratio, told.ratio) or _differ(
+            pace.beside_ms + NO_TIME_MS, told.beside_ms + NO_TIME_MS
+        )
+        return now >= self._next_announcement or (is_news and now >= self._next_news)
+
+    def _announce(self) -> None:
+        """Say that this worker lives, and how fast it is. Where that fails, the next period tries again."""
+        self._next_announcement = time.monotonic() + self._period_s
+        self._next_news = time.monotonic() + NEWS_PERIOD_S
+        pace = self._pace
+        self._queue.beat(self._info, self._manifest_json, pace=pace)
+        self._told = pace
 
     def _extend(self) -> None:
         with self._lock:
@@ -158,3 +183,7 @@ class Heartbeat:
                     self._metrics.heartbeats_lost.labels(self._queue.model, "reclaimed").inc()
                     log.warning("lease lost to another worker", extra={"job_id": lease.job_id})
                 self._verdicts[lease] = verdict
+
+
+def _differ(one: float, other: float) -> bool:
+    return max(one / other, other / one) > NEWS

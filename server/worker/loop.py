@@ -19,6 +19,7 @@ from server.worker.batcher import Batcher
 from server.worker.finisher import Finisher
 from server.worker.heartbeat import Heartbeat
 from server.worker.leased_job import LeasedJob
+from server.worker.pace import PacedCost
 from server.worker.spans import BatchSpan, Spans
 
 log = logging.getLogger(__name__)
@@ -45,15 +46,17 @@ class Worker:
         metrics: Metrics,
         spans: Spans,
         *,
+        cost_ms: PacedCost,
         clock: Callable[[], int],
     ) -> None:
-        """Ties the parts together; `run` starts them."""
+        """Ties the parts together; `run` starts them. `cost_ms` is told what each batch took."""
         self._pipeline = pipeline
         self._batcher = batcher
         self._finisher = finisher
         self._heartbeat = heartbeat
         self._metrics = metrics
         self._spans = spans
+        self._cost_ms = cost_ms
         self._clock = clock
         self._model = pipeline.manifest.name
         self._device = str(pipeline.device)
@@ -117,6 +120,8 @@ class Worker:
         busy_ms = (time.perf_counter() - start) * 1000
         traced.end()
         self._count(batch, run, busy_ms)
+        if len(rows) == len(batch):
+            self._learn(batch, busy_ms)
         log.debug("drew a batch of %d", len(batch), extra={"duration_ms": round(busy_ms, 1)})
         for leased in dict.fromkeys(row.leased_job for row in rows):
             for stage, spent_ms in run.timing_ms.items():
@@ -151,6 +156,13 @@ class Worker:
             busy_ms=busy_ms,
             gpu=self._device,
         )
+
+    def _learn(self, batch: Sequence[Row[LeasedJob]], busy_ms: float) -> None:
+        """Have a batch that was drawn whole say how fast the engine is, and tell it to whoever predicts."""
+        num_steps = max(row.leased_job.num_steps for row in batch)
+        self._cost_ms.observe(batch[0].leased_job.bucket, num_steps, len(batch), busy_ms)
+        self._heartbeat.note_pace(ratio=self._cost_ms.pace)
+        self._metrics.pace.labels(self._model).set(self._cost_ms.pace)
 
 
 def _sample(row: Row[LeasedJob]) -> Sample:

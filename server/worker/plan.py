@@ -145,6 +145,7 @@ def run_plan(
     num_workers: int | None,
     size: str,
     num_steps: int | None,
+    pace: float = 1.0,
     price: float | None,
     as_json: bool,
     console: Console,
@@ -157,6 +158,7 @@ def run_plan(
         num_workers: of a given fleet; None finds one.
         size: WIDTHxHEIGHT, for videos WIDTHxHEIGHTxFRAMES; empty takes the bundle's first.
         num_steps: of each sample; None takes the bundle's default.
+        pace: what batches take where they are served, over the table.
         price: of one worker's machine for an hour, in any currency.
         as_json: print an object instead of a table.
         console: where to.
@@ -170,7 +172,11 @@ def run_plan(
         manifest = read_manifest(bundle)
     except BundleError as error:
         raise ValueError(f"{bundle}: {error}") from None
-    batch_ms = _batch_ms(manifest, size, num_steps or manifest.default_num_steps)
+    table_ms = _batch_ms(manifest, size, num_steps or manifest.default_num_steps)
+
+    def batch_ms(num_samples: int) -> float:
+        return pace * table_ms(num_samples)
+
     try:
         if num_workers is None:
             tried = list(fleets(demand, batch_ms, manifest.max_batch))

@@ -36,11 +36,11 @@ from server.settings import WorkerSettings
 from server.store import ResultStore
 from server.tracing import start_tracing
 from server.worker.ages import log_start, process_ages_s
-from server.worker.batch_policy import CostModel
 from server.worker.batcher import Batcher
 from server.worker.finisher import Finisher
 from server.worker.heartbeat import Heartbeat
 from server.worker.loop import EngineLostError, Worker
+from server.worker.pace import PacedCost, Table
 from server.worker.series import begin_series
 from server.worker.spans import Spans
 
@@ -126,6 +126,7 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
     queue = _queue(settings, manifest, info, clock, metrics)
     spans = _start_spans(settings, pipeline, info, clock, metrics)
     heartbeat = _heartbeat(settings, queue, info, manifest, metrics)
+    cost_ms = PacedCost(_table(manifest, pipeline.backend))
     store = ResultStore(settings.store_url)
     finisher = Finisher(
         queue,
@@ -145,14 +146,14 @@ def serve(settings: WorkerSettings, pipeline: Pipeline, metrics: Metrics, stoppi
         metrics,
         spans,
         max_batch=manifest.max_batch,
-        cost_ms=_cost_model(manifest, pipeline.backend),
+        cost_ms=cost_ms,
         lease_s=settings.lease_s,
         stopping=stopping,
         settle=finisher.settle,
         unserved=lambda request: _unserved(manifest, request),
         clock=clock,
     )
-    worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, spans, clock=clock)
+    worker = Worker(pipeline, batcher, finisher, heartbeat, metrics, spans, cost_ms=cost_ms, clock=clock)
     status = EXIT_OK
     try:
         with ExitStack() as ends:  # from the last to the first, each whatever becomes of the others
@@ -261,15 +262,15 @@ def _worker_info(pipeline: Pipeline, slowest_ms: float) -> WorkerInfo:
     )
 
 
-def _cost_model(manifest: Manifest, backend: str) -> CostModel:
-    """The bundle's measured times on `backend`; where it has none, every batch is taken to cost the same."""
+def _table(manifest: Manifest, backend: str) -> Table:
+    """The bundle's measured times on `backend`."""
 
     @functools.cache
-    def cost_ms(bucket: Bucket, num_steps: int, batch: int) -> float:
+    def table_ms(bucket: Bucket, num_steps: int, batch: int) -> float | None:
         cost = batch_cost(manifest, bucket, num_steps, (backend,))
-        return 1.0 if cost is None else cost(batch)
+        return None if cost is None else cost(batch)
 
-    return cost_ms
+    return table_ms
 
 
 def _unserved(manifest: Manifest, request: GenerationRequest) -> str | None:

@@ -37,6 +37,7 @@ def begin_series(metrics: Metrics, manifest: Manifest, device: str) -> None:
     outputs = metrics.images if kind is JobKind.IMAGE else metrics.video_frames
     for counted in (outputs, metrics.padding, metrics.denoise_steps):
         counted.labels(model)
+    metrics.pace.labels(model).set(1)
     metrics.gpu_busy.labels(device)
     metrics.gpu_oom.labels(device)
     for op in WORKER_OPS:

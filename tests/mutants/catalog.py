@@ -302,6 +302,28 @@ MUTANTS = (
         "if len(batch) == max_batch",
         POLICY,
     ),
+    # the pace of engines
+    Mutant(
+        "a batch that took for ever is all that is remembered",
+        "server/worker/pace.py",
+        "return median(self._values)",
+        "return value",
+        "tests/server/worker/test_pace.py",
+    ),
+    Mutant(
+        "a slow engine is told with the next announcement only",
+        "server/worker/heartbeat.py",
+        "or (is_news and now >= self._next_news)",
+        "or False",
+        "tests/server/worker/test_worker.py -k slower",
+    ),
+    Mutant(
+        "a deadline is kept on paper",
+        "server/api/admission.py",
+        "return load.pace * (ahead_ms / load.num_workers + own) + load.beside_ms",
+        "return ahead_ms / load.num_workers + own + load.beside_ms",
+        "tests/server/api/test_admission.py",
+    ),
     # traces
     Mutant(
         "the job does not know its trace",

@@ -1,10 +1,11 @@
 #!lua flags=allow-oom
 -- beat: a worker says that it lives, and forgets those that no longer do. -> 1 if it was not known, else 0
-local version, consumer, now, ttl, info = unpack(ARGV)
+local version, consumer, now, ttl, info, pace = unpack(ARGV)
 local stream = stream_of(version)
 local until_ms = redis.call("ZSCORE", alive, consumer)
 local fresh = redis.call("ZADD", alive, now + ttl, consumer)
 if fresh == 1 then redis.call("HSET", workers, consumer, info) end
+redis.call("HSET", paces, consumer, pace)
 local gone = 0
 for _, other in ipairs(redis.call("ZRANGEBYSCORE", alive, "-inf", now)) do
   -- Deleting a consumer discards its pending entries, so one that has any waits until they are reclaimed.
@@ -16,6 +17,7 @@ for _, other in ipairs(redis.call("ZRANGEBYSCORE", alive, "-inf", now)) do
   if not holds then
     for i = 1, #versions, 2 do redis.pcall("XGROUP", "DELCONSUMER", stream_of(versions[i]), group, other) end
     redis.call("ZREM", alive, other)
+    redis.call("HDEL", paces, other)
     gone = gone + redis.call("HDEL", workers, other)
   end
 end

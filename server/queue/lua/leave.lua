@@ -3,6 +3,7 @@
 local version, consumer, now = unpack(ARGV)
 local stream = stream_of(version)
 redis.call("HDEL", workers, consumer)
+redis.call("HDEL", paces, consumer)
 local pending = redis.pcall("XPENDING", stream, group, "-", "+", 1, consumer)
 if pending.err or #pending == 0 then
   redis.pcall("XGROUP", "DELCONSUMER", stream, group, consumer)

@@ -1,5 +1,7 @@
 """Admission: what the queue and the measured latency say about one more job."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,3 +119,25 @@ def test_eta_grows_with_the_queue_and_shrinks_with_workers(waiting: int, num_wor
 
     assert eta(waiting + 1, num_workers) > eta(waiting, num_workers)
     assert eta(waiting, num_workers + 1) <= eta(waiting, num_workers)
+
+
+def test_workers_that_are_slower_than_the_table_take_so_much_longer() -> None:
+    state = load(waiting=8, running=8)
+    slow = replace(state, pace=1.5)
+    own = own_ms(state, batch_ms, 1)
+    assert predict_eta_ms(slow, own) == pytest.approx(1.5 * 130.0)
+    assert max_ahead_ms(slow, own, 450.0) == max_ahead_ms(state, own, 300.0)  # what they do in that time
+    full = load(waiting=99)
+    refused = [decide_one(one, max_waiting=90)[2] or 0.0 for one in (full, replace(full, pace=1.5))]
+    assert refused[1] == pytest.approx(1.5 * refused[0])
+
+
+def test_what_is_done_with_pixels_takes_its_time_too() -> None:
+    state = replace(load(waiting=8, running=8), beside_ms=40.0)
+    assert eta_ms(state) == pytest.approx(130.0 + 40.0)
+    assert max_ahead_ms(state, own=30.0, deadline_ms=540.0) == 2 * 470.0
+
+
+def test_a_job_that_only_the_table_believes_to_be_in_time_is_refused() -> None:
+    assert decide_one(load(waiting=8, running=8), deadline_ms=150.0)[0] is None
+    assert decide_one(replace(load(waiting=8, running=8), pace=1.5), deadline_ms=150.0)[0] == "deadline"

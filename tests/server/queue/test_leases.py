@@ -7,6 +7,8 @@ import redis
 
 from server.job import Job, JobError, JobStatus, Priority
 from server.queue.job_queue import DEADLINE_GRACE_MS, JobQueue
+from server.queue.keys import class_prefix
+from server.queue.records import Pace
 from server.queue.worker_queue import MAX_ATTEMPTS, Settled, Verdict, WorkerQueue
 from tests.server.conftest import MODEL, STREAM, Clock, let_leases_lapse, worker_info
 from tests.server.queue.verbs import ERROR, OUTPUT, TIMING, dead_letters, dropped, lease_one, start_one
@@ -316,6 +318,24 @@ async def test_stats_tell_who_lives_and_what_waits(
     start_one(worker, lease_one(worker))
     stats = await queue.stats(MODEL)
     assert (stats.total_waiting, stats.running, stats.oldest_age_ms) == (1, 1, 0)
+
+
+async def test_stats_tell_the_pace_of_those_who_live(
+    queue: JobQueue, make_worker: MakeWorker, client: redis.Redis, clock: Clock
+) -> None:
+    slow, fast = make_worker("w1"), make_worker("w2")
+    assert (await queue.stats(MODEL)).pace == Pace()
+    slow.beat(worker_info("w1"), "{}", Pace(2.0, 30.0))
+    # Side by side they do what one and a half at the pace of the table do.
+    both = (await queue.stats(MODEL)).pace
+    assert both.ratio == pytest.approx(2 / (1 / 2.0 + 1))
+    assert both.beside_ms == 15.0
+    fast.leave()
+    assert (await queue.stats(MODEL)).pace == Pace(2.0, 30.0)
+    clock.now_ms += 16_000
+    make_worker("w3")
+    assert (await queue.stats(MODEL)).pace == Pace()
+    assert client.hkeys(f"{class_prefix(MODEL)}:pace") == ["w3"]
 
 
 async def test_silent_worker_is_forgotten_but_its_leases_are_not(

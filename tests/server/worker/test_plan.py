@@ -84,6 +84,17 @@ def test_command_says_what_given_workers_can_do(bundle: Path, capsys: pytest.Cap
     assert 20 < plan["requests_per_s"] < 26.7
 
 
+def test_workers_that_are_slower_than_the_table_serve_so_much_less(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for pace in ("1", "2"):
+        command = ["plan", str(bundle), "--workers", "2", "--slo", pace, "--pace", pace, "--json"]
+        assert main(command) == 0
+        found.append(json.loads(capsys.readouterr().out)["requests_per_s"])
+    assert found[1] == pytest.approx(found[0] / 2, rel=0.03)  # with twice the time for it
+
+
 def test_command_prints_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(bundle), "--rate", "5", "--slo", "2", "--json", "--price", "3"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from engines.bundle.bucket import Bucket
 from engines.runtime.pipeline import Sample
@@ -152,6 +153,27 @@ async def test_job_of_more_samples_than_a_batch_holds_is_drawn_in_several(
     assert len(pipeline.batches) >= 3
     first, second = pixels_of(store, done, 0), pixels_of(store, done, 9)
     assert np.abs(first - second).max() > 0
+
+
+async def test_engine_that_is_slower_than_its_table_says_so_at_once(
+    queue: JobQueue,
+    start_worker: Callable[[], RunningWorker],
+    pipeline: ObservedPipeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = [row.model_copy(update={"ms": 1e-3}) for row in pipeline.manifest.latency]
+    monkeypatch.setattr(pipeline, "manifest", pipeline.manifest.model_copy(update={"latency": table}))
+    worker = start_worker()
+    job = job_of("a red cube", n=MAX_BATCH * 8)
+    await enqueue(queue, job)
+    await ended(queue, job)
+
+    async def told() -> bool:
+        pace = (await queue.stats(MODEL)).pace
+        return pace.ratio > 10 and pace.beside_ms > 0
+
+    await poll_async(told)  # long before the next announcement is due
+    assert worker.metric("engine_pace_ratio") > 10
 
 
 async def test_same_seed_gives_the_same_picture_whatever_the_batch(
