@@ -128,6 +128,8 @@ class Heartbeat:
         """Note fields of `Pace` as they are now; the next announcement says so."""
         with self._lock:
             self._pace = replace(self._pace, **seen)
+        if self._has_news():
+            self._hurry.set()
 
     def verdict(self, lease: Lease) -> Verdict:
         """What the last beat learnt about a lease."""
@@ -136,7 +138,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._closed.wait(MIN_PERIOD_S):
-            self._hurry.wait(max(0.0, self._next_announcement - time.monotonic()))
+            due = self._next_news if self._has_news() else self._next_announcement
+            self._hurry.wait(max(0.0, due - time.monotonic()))
             self._hurry.clear()
             if self._closed.is_set():
                 return
@@ -157,11 +160,14 @@ class Heartbeat:
 
     def _announcement_is_due(self) -> bool:
         now = time.monotonic()
+        return now >= self._next_announcement or (self._has_news() and now >= self._next_news)
+
+    def _has_news(self) -> bool:
+        """The pace is another than was told."""
         pace, told = self._pace, self._told
-        is_news = _differ(pace.ratio, told.ratio) or _differ(
+        return _differ(pace.ratio, told.ratio) or _differ(
             pace.beside_ms + NO_TIME_MS, told.beside_ms + NO_TIME_MS
         )
-        return now >= self._next_announcement or (is_news and now >= self._next_news)
 
     def _announce(self) -> None:
         """Say that this worker lives, and how fast it is. Where that fails, the next period tries again."""

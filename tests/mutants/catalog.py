@@ -302,6 +302,20 @@ MUTANTS = (
         "if len(batch) == max_batch",
         POLICY,
     ),
+    Mutant(
+        "those to come do not count",
+        BATCH_POLICY,
+        "to_come = len(ends) * load / (1 - load)",
+        "to_come = 0.0",
+        POLICY,
+    ),
+    Mutant(
+        "a job counts for each of its samples",
+        BATCH_POLICY,
+        "if one.leased_job is not after.leased_job",
+        "if one is not after",
+        POLICY,
+    ),
     # the pace of engines
     Mutant(
         "a batch that took for ever is all that is remembered",
@@ -313,7 +327,7 @@ MUTANTS = (
     Mutant(
         "a slow engine is told with the next announcement only",
         "server/worker/heartbeat.py",
-        "or (is_news and now >= self._next_news)",
+        "or (self._has_news() and now >= self._next_news)",
         "or False",
         "tests/server/worker/test_worker.py -k slower",
     ),

@@ -5,6 +5,7 @@ The engine is the real pipeline over a tiny random student; `ObservedPipeline` a
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,13 +158,13 @@ async def test_job_of_more_samples_than_a_batch_holds_is_drawn_in_several(
 
 async def test_engine_that_is_slower_than_its_table_says_so_at_once(
     queue: JobQueue,
-    start_worker: Callable[[], RunningWorker],
+    settings: WorkerSettings,
     pipeline: ObservedPipeline,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     table = [row.model_copy(update={"ms": 1e-3}) for row in pipeline.manifest.latency]
     monkeypatch.setattr(pipeline, "manifest", pipeline.manifest.model_copy(update={"latency": table}))
-    worker = start_worker()
+    worker = RunningWorker(replace(settings, lease_s=36_000.0), pipeline)  # the next announcement is far
     job = job_of("a red cube", n=MAX_BATCH * 8)
     await enqueue(queue, job)
     await ended(queue, job)
@@ -172,8 +173,11 @@ async def test_engine_that_is_slower_than_its_table_says_so_at_once(
         pace = (await queue.stats(MODEL)).pace
         return pace.ratio > 10 and pace.beside_ms > 0
 
-    await poll_async(told)  # long before the next announcement is due
-    assert worker.metric("engine_pace_ratio") > 10
+    try:
+        await poll_async(told)
+        assert worker.metric("engine_pace_ratio") > 10
+    finally:
+        worker.stop()
 
 
 async def test_same_seed_gives_the_same_picture_whatever_the_batch(
