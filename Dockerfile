@@ -11,7 +11,7 @@
 # pip's default torch on Linux is the CUDA build, and brings CUDA along: of the host, GPU images want the driver and NVIDIA's container
 # toolkit. CPU images take torch from PyTorch's index of CPU builds, or from another one: --build-arg PIP_EXTRA_INDEX_URL=...
 
-FROM python:3.11-slim-bookworm AS python
+FROM python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b AS python
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -54,6 +54,21 @@ def dockerfile_stages() -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+PINNED = re.compile(r"[a-z0-9./-]+:[\w.-]+@sha256:[0-9a-f]{64}")
+"""A tag for people, a digest for the machine."""
+
+
+def test_images_of_others_are_pinned_by_digest(compose: dict[str, Any]) -> None:
+    named = re.findall(
+        r"^FROM (\S+) AS (\S+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    stages = {stage for _, stage in named}
+    images = {base for base, _ in named} - stages
+    images |= {service["image"] for service in compose["services"].values() if "image" in service}
+    assert len(images) >= 4
+    assert [image for image in sorted(images) if not PINNED.fullmatch(image)] == []
+
+
 def test_dockerfile_passes_hadolint() -> None:
     run(tool("hadolint"), "Dockerfile")
 

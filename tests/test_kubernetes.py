@@ -17,7 +17,7 @@ import yaml
 
 from server.queue.address import parse_redis_url
 from server.settings import ENV_PREFIX, Settings
-from tests.test_deploy import TARGETS, dockerfile_stages, run, tool
+from tests.test_deploy import PINNED, TARGETS, dockerfile_stages, run, tool
 
 ROOT = Path(__file__).resolve().parent.parent
 K8S = ROOT / "deploy/k8s"
@@ -156,6 +156,7 @@ def test_images_are_targets_of_the_dockerfile_that_fit_what_they_run_on(overlay:
     for template in pods(overlay).values():
         for container in template["spec"]["containers"]:
             if not container["image"].startswith("tdm-"):
+                assert PINNED.fullmatch(container["image"])
                 continue
             target = container["image"].removeprefix("tdm-")
             assert target in TARGETS

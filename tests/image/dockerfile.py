@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A stage: the image or the stage that it begins with, and what is done to that."""
+    """A stage: the image (without its digest) or the stage that it begins with, and what is done to that."""
 
     base: str
     steps: tuple[Step, ...]
@@ -67,7 +67,7 @@ def read_stages(file: Path) -> dict[str, Stage]:
             if named is None:
                 raise ValueError(f"line {line['startline'] + 1}: FROM {line['value']} has no name")
             name = named[2]
-            stages[name] = Stage(base=named[1], steps=())
+            stages[name] = Stage(base=named[1].partition("@")[0], steps=())
             continue
         step = step_of(line["instruction"], line["value"], line["startline"] + 1)
         stages[name] = Stage(base=stages[name].base, steps=(*stages[name].steps, step))

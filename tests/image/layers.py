@@ -21,6 +21,7 @@ from tests.image.dockerfile import Stage, Step, in_context
 log = logging.getLogger(__name__)
 
 BASE_IMAGE = "python:3.11-slim-bookworm"
+"""Which digest of it the Dockerfile names is of no account here."""
 BASE_PACKAGES = "python3,python3-venv,python-is-python3,ca-certificates"
 BASE_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
