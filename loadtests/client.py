@@ -1,9 +1,10 @@
-"""Measure a server over HTTP: one request at a time, or a closed loop of many clients."""
+"""Measure a server over HTTP: one request at a time, a closed loop of many clients, or an open loop."""
 
 import asyncio
 import base64
 import io
 import json
+import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -122,9 +123,13 @@ class LoadClient:
         """Close all connections."""
         await self._http.close()
 
-    async def ask(self, body: dict[str, Any]) -> Reply:
-        """Send one request and read the whole reply, whatever its status."""
-        started_s = time.perf_counter()
+    async def ask(self, body: dict[str, Any], started_s: float | None = None) -> Reply:
+        """Send one request and read the whole reply, whatever its status.
+
+        Args:
+            started_s: from when its time counts; None: from now.
+        """
+        started_s = time.perf_counter() if started_s is None else started_s
         async with self._http.post(ROUTE, json=body) as response:
             content = await response.read()
         return Reply(started_s, time.perf_counter(), response.status, content)
@@ -185,6 +190,47 @@ class LoadClient:
             client_cpu_ms=round(cpu_s / len(replies) * 1000, 2),
             latency=Latency.of(counted),
         )
+
+    async def offer(
+        self,
+        bodies: Iterator[dict[str, Any]],
+        *,
+        rate_per_s: float,
+        seconds: float,
+        patience_s: float,
+        seed: int,
+    ) -> list[Reply]:
+        """An open loop: requests come at random moments (a Poisson process), however the server keeps up.
+
+        Their time counts from the moment at which they were due, also if this process was late itself.
+
+        Args:
+            rate_per_s: mean rate.
+            seconds: how long they come.
+            patience_s: what is not answered so long after the last has come is given up.
+            seed: of the moments.
+
+        Returns:
+            A reply to each, in their order; status 0 where there is none.
+        """
+        rng, began_s, due_s = random.Random(seed), time.perf_counter(), 0.0
+        moments: list[float] = []
+        tasks: list[asyncio.Task[Reply]] = []
+        while (due_s := due_s + rng.expovariate(rate_per_s)) < seconds:
+            moments.append(began_s + due_s)
+            await asyncio.sleep(max(0.0, moments[-1] - time.perf_counter()))
+            tasks.append(asyncio.create_task(self.ask(next(bodies), moments[-1])))
+        if not tasks:
+            return []
+        _, unanswered = await asyncio.wait(tasks, timeout=patience_s)
+        for task in unanswered:
+            task.cancel()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        ended_s = time.perf_counter()
+        return [
+            one if isinstance(one, Reply) else Reply(started_s, ended_s, 0, b"")
+            for started_s, one in zip(moments, done, strict=True)
+        ]
 
     def _check(self, replies: Sequence[Reply]) -> None:
         for reply in replies:
