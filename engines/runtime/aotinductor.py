@@ -8,7 +8,7 @@ that file itself. Every package that needs a tensor shares one copy of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,6 +23,7 @@ from engines.bundle.stages import DType, StageSpec
 from engines.errors import BundleError, CheckpointError
 from engines.families.checkpoint import check_safetensors, current_name, weight_files
 from engines.runtime.rowwise import quantise_rows
+from engines.runtime.unlocked import UnlockedPackage, can_unlock
 
 BINDINGS = "bindings"
 """Key of the header entry that maps constant names to `Binding`s, as JSON."""
@@ -198,6 +199,26 @@ class AotInductorEngine:
         device: torch.device | str = "cpu",
     ) -> None:
         self.min_batch, self.max_batch = min_batch, max_batch
+        on_cpu = torch.device(device).type == "cpu"
+        # On a GPU a call returns as soon as its work is queued.
+        self._run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = (
+            UnlockedPackage(path, constants)
+            if on_cpu and can_unlock(path)
+            else LockedPackage(path, constants, device)
+        )
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Run the package on one batch."""
+        return self._run(inputs)
+
+
+class LockedPackage:
+    """One package in torch's own loader, which holds Python's lock while a call lasts.
+
+    Args and errors as of `AotInductorEngine`.
+    """
+
+    def __init__(self, path: Path, constants: Mapping[str, Tensor], device: torch.device | str) -> None:
         self._loader = load_package(path, device)
         if set(self._loader.get_constant_fqns()) != set(constants):
             raise BundleError(
@@ -205,7 +226,7 @@ class AotInductorEngine:
             )
         self._constants = constants
         use_inactive, check_full_update, user_managed = False, True, True
-        self._loader.load_constants(constants, use_inactive, check_full_update, user_managed)
+        self._loader.load_constants(dict(constants), use_inactive, check_full_update, user_managed)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Run the package on one batch."""
