@@ -68,13 +68,14 @@ class UnlockedPackage:
         container = c_void_p()
         self._call("CreateWithDevice", byref(container), 1, b"cpu", None)
         self._container = container
-        weakref.finalize(self, getattr(self._library, f"{_PREFIX}Delete"), container)
+        handles = _handles(list(constants.values()))
+        # Whether the code makes handles of its own of these is torch's affair: they last as long as it does.
+        weakref.finalize(self, _end, getattr(self._library, f"{_PREFIX}Delete"), container, handles)
         names = self._constant_names()
         if names.keys() != constants.keys():
             raise BundleError(
                 f"files.engines/{self._name}", "its constants are not those of the file beside it"
             )
-        handles = _handles(list(constants.values()))
         pairs = (_NamedTensor * len(handles))(
             *(_NamedTensor(names[name], handle) for name, handle in zip(constants, handles, strict=True))
         )
@@ -82,7 +83,6 @@ class UnlockedPackage:
         self._call(
             "UpdateUserManagedConstantBufferPairs", container, pairs, len(handles), use_inactive, is_complete
         )
-        _tensors(handles)  # it has handles of its own now, and never lets go of them (torch 2.13)
         self._num_inputs, self._num_outputs = self._number_of("Inputs"), self._number_of("Outputs")
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -149,6 +149,11 @@ def _link(path: Path) -> ctypes.CDLL:
     for function, arguments in _ARGUMENTS.items():
         getattr(library, f"{_PREFIX}{function}").argtypes = arguments
     return library
+
+
+def _end(delete: Any, container: c_void_p, handles: Sequence[int]) -> None:
+    delete(container)
+    _tensors(handles)  # and drop them
 
 
 def _handles(tensors: Sequence[Tensor]) -> list[int]:
