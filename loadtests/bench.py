@@ -40,6 +40,13 @@ SHIPPED_STUDENT = ROOT / "engines" / "demo" / "checkpoints" / "scenes-student"
 RESULTS = ROOT / "loadtests" / "results"
 
 
+def student_of(bundle: Path | None) -> tuple[Path, tuple[int, int]]:
+    """Directory of the student in a bundle, or of the shipped one, and width and height of its pictures."""
+    student = bundle / "checkpoint" if bundle else SHIPPED_STUDENT
+    config = json.loads((student / "student.json").read_text(encoding="utf-8"))
+    return student, (config["width"], config["height"])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """How long and how hard to measure."""
@@ -257,8 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write the result, print the table."""
     arguments = parse_arguments(argv)
     console = Console()
-    student = arguments.bundle / "checkpoint" if arguments.bundle else SHIPPED_STUDENT
-    config = json.loads((student / "student.json").read_text(encoding="utf-8"))
+    student, size = student_of(arguments.bundle)
     plan = Plan(
         rounds=arguments.rounds,
         seconds=arguments.seconds,
@@ -266,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         concurrency=arguments.concurrency,
         idle_requests=arguments.idle_requests,
         compared_pictures=8,
-        size=(config["width"], config["height"]),
+        size=size,
     )
     bundle = arguments.bundle.resolve() if arguments.bundle else None
     with tempfile.TemporaryDirectory(prefix="tdm-bench-") as scratch:

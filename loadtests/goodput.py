@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtests import machine, prompts
-from loadtests.bench import RESULTS, SHIPPED_STUDENT
+from loadtests.bench import RESULTS, student_of
 from loadtests.client import LoadClient, Reply
 from loadtests.contenders import PEERS, Contender, MeasuredServer, OurServer, rivals
 
@@ -262,15 +262,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, draw and write."""
     arguments = parse_arguments(argv)
     console = Console()
-    student = arguments.bundle / "checkpoint" if arguments.bundle else SHIPPED_STUDENT
-    config = json.loads((student / "student.json").read_text(encoding="utf-8"))
+    student, size = student_of(arguments.bundle)
     plan = Plan(
         rates=sorted(arguments.rates),
         seconds=arguments.seconds,
         warm_up_s=arguments.warm_up,
         slo_s=arguments.slo,
         patience_s=5 * arguments.slo,
-        size=(config["width"], config["height"]),
+        size=size,
         seed=arguments.seed,
     )
     taken_on, began_s = machine.describe(), time.monotonic()

@@ -28,7 +28,7 @@ import httpx
 from rich.console import Console
 
 from loadtests import machine, prompts
-from loadtests.bench import RESULTS, SHIPPED_STUDENT, Plan, Round, measure, summary
+from loadtests.bench import RESULTS, Plan, Round, measure, student_of, summary
 from loadtests.client import BadReplyError
 from loadtests.contenders import OurServer
 from loadtests.process import ROOT, free_port
@@ -154,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.sink is not None:
         serve_sink(arguments.sink)
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    student = arguments.bundle / "checkpoint" if arguments.bundle else SHIPPED_STUDENT
-    config = json.loads((student / "student.json").read_text(encoding="utf-8"))
+    _, size = student_of(arguments.bundle)
     plan = Plan(
         rounds=arguments.rounds,
         seconds=arguments.seconds,
@@ -163,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         concurrency=arguments.concurrency,
         idle_requests=arguments.idle_requests,
         compared_pictures=0,
-        size=(config["width"], config["height"]),
+        size=size,
     )
     bundle = arguments.bundle.resolve() if arguments.bundle else None
     with tempfile.TemporaryDirectory(prefix="tdm-tracing-") as scratch:

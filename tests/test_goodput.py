@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ from loadtests.client import ROUTE, BadReplyError, LoadClient, Reply
 from tests.shared import compiled_bundle
 
 SIZE = (8, 8)
+
+
+async def offered(
+    answer: Callable[[web.Request], Awaitable[web.Response]], *, patience_s: float
+) -> list[Reply]:
+    """Replies of a server of this process to half a second of 200 requests/s, numbered by their seeds."""
+    app = web.Application()
+    app.router.add_post(ROUTE, answer)
+    async with TestServer(app) as server, LoadClient(str(server.make_url("")), size=SIZE) as client:
+        bodies = ({"seed": number} for number in itertools.count())
+        return await client.offer(bodies, rate_per_s=200, seconds=0.5, patience_s=patience_s, seed=3)
 
 
 def plan() -> goodput.Plan:
@@ -68,7 +80,7 @@ def test_answer_that_is_no_picture_ends_the_measurement() -> None:
 
 
 def test_requests_come_though_none_is_answered() -> None:
-    """A closed loop would wait for the first one; here all have come before any is let go."""
+    """A closed loop would wait for the first one; here 20 have come before any is let go; one is cut off."""
     came = 0
     all_came = asyncio.Event()
 
@@ -78,23 +90,28 @@ def test_requests_come_though_none_is_answered() -> None:
         if came == 20:
             all_came.set()
         await all_came.wait()
-        if (await request.json())["seed"] == 0:
-            await asyncio.Event().wait()  # for ever
+        if (await request.json())["seed"] == 3:
+            assert request.transport is not None
+            request.transport.abort()
         return web.Response(body=body_of(), content_type="application/json")
 
-    async def offer() -> list[Reply]:
-        app = web.Application()
-        app.router.add_post(ROUTE, answer)
-        async with TestServer(app) as server, LoadClient(str(server.make_url("")), size=SIZE) as client:
-            bodies = ({"seed": number} for number in itertools.count())
-            return await client.offer(bodies, rate_per_s=200, seconds=0.5, patience_s=1.0, seed=3)
-
-    replies = asyncio.run(offer())
+    replies = asyncio.run(offered(answer, patience_s=60.0))
     assert len(replies) == came > 20
-    assert [one.status for one in replies] == [0, *[200] * (came - 1)]
+    assert [one.status for one in replies] == [*[200] * 3, 0, *[200] * (came - 4)]
     starts = [one.started_s for one in replies]
     assert starts == sorted(starts)
     assert 0 < starts[-1] - starts[0] < 0.5
+
+
+def test_what_is_never_answered_is_given_up() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        return web.Response()
+
+    replies = asyncio.run(offered(answer, patience_s=0.1))
+    assert len(replies) > 20
+    assert {one.status for one in replies} == {0}
+    assert all(one.ended_s - replies[-1].started_s >= 0.1 for one in replies)
 
 
 def test_moments_depend_on_the_seed_alone() -> None:

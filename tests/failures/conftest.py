@@ -57,15 +57,18 @@ def build_eager(student: Path, out: Path, *, batch_sizes: tuple[int, ...]) -> No
 @pytest.fixture(params=["valkey", "redis"])
 def redis_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisServer]:
     """The embedded Valkey's binary, and Debian's redis-server where installed."""
-    if request.param == "valkey":
-        binary = find_server()
-    elif (found := shutil.which("redis-server")) is not None:
-        binary = Path(found)
-    else:
-        pytest.skip("redis-server is not installed (apt install redis-server)")
-    server = RedisServer(binary, tmp_path).start()
+    server = RedisServer(binary_of(request.param), tmp_path).start()
     yield server
     server.kill()
+
+
+def binary_of(kind: str) -> Path:
+    """The program of "valkey" (embedded) or "redis" (Debian's); the test is skipped where it is missing."""
+    if kind == "valkey":
+        return find_server()
+    if (found := shutil.which("redis-server")) is None:
+        pytest.skip("redis-server is not installed (apt install redis-server)")
+    return Path(found)
 
 
 @pytest.fixture

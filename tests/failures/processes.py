@@ -36,11 +36,12 @@ PATIENCE_S = 560.0
 class RedisServer:
     """A Redis or Valkey that syncs every write to its append-only file, as production is told to."""
 
-    def __init__(self, binary: Path, folder: Path) -> None:
+    def __init__(self, binary: Path, folder: Path, **options: str) -> None:
         """Nothing runs before `start`; its data lies in `folder/data` and outlasts it."""
         self.socket = folder / "redis.sock"
+        self.data = folder / "data"
         self._binary = binary
-        self._data = folder / "data"
+        self._more_options = options
         self._log = folder / "redis.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -51,15 +52,16 @@ class RedisServer:
 
     def start(self) -> RedisServer:
         """Run it on the data that is there; returns once it answers."""
-        self._data.mkdir(exist_ok=True)
+        self.data.mkdir(exist_ok=True)
         options = {
             "port": "0",
             "unixsocket": str(self.socket),
-            "dir": str(self._data),
+            "dir": str(self.data),
             "appendonly": "yes",
             "appendfsync": "always",
             "save": "",
             "maxmemory-policy": "noeviction",
+            **self._more_options,
         }
         command = [part for name, value in options.items() for part in (f"--{name}", value)]
         with self._log.open("ab") as log:
@@ -83,15 +85,20 @@ class RedisServer:
         assert self._process is not None, "not started"
         self._process.send_signal(number)
 
+    def join(self) -> int:
+        """Its exit status, once it has ended by itself."""
+        assert self._process is not None, "not started"
+        return self._process.wait(PATIENCE_S)
+
     def save_data(self, name: str) -> None:
         """Keep a copy of the data as it is on disk now."""
-        shutil.copytree(self._data, self._data.with_name(name))
+        shutil.copytree(self.data, self.data.with_name(name))
 
     def restore_data(self, name: str) -> None:
         """Replace the data of a server that does not run; without such a copy there is none left."""
-        shutil.rmtree(self._data)
+        shutil.rmtree(self.data)
         with suppress(FileNotFoundError):
-            shutil.copytree(self._data.with_name(name), self._data)
+            shutil.copytree(self.data.with_name(name), self.data)
 
     def _answers(self) -> bool:
         assert self._process is not None
