@@ -23,11 +23,13 @@ from torch.export import ExportedProgram
 from engines.bundle.manifest import EngineFile
 from engines.bundle.platform import Device, Platform
 from engines.bundle.stages import Backend, DType, StageSpec
+from engines.compile.cpu_layers import rewrite_for_cpu
 from engines.compile.export import export_stage
 from engines.compile.fp8 import has_float8, quantise_denoiser
 from engines.compile.sources import hash_sources
 from engines.errors import CompileError
 from engines.families.checkpoint import read_json, tensor_shapes
+from engines.families.image_vae import DecodeStage
 from engines.families.spec import get_family
 from engines.families.weights import load_weights
 from engines.runtime.aotinductor import Binding, dump_bindings, load_package
@@ -176,7 +178,7 @@ def compile_stage(job: CompileJob) -> EngineFile:
 
 
 def load_for_compiling(job: CompileJob) -> nn.Module:
-    """The stage's module as it is compiled: on its device, in its dtype, float8 layers replaced.
+    """The stage's module as it is compiled: on its device, in its dtype, layers replaced by faster ones.
 
     Raises:
         CompileError: the device does not multiply in float8.
@@ -185,6 +187,8 @@ def load_for_compiling(job: CompileJob) -> nn.Module:
     spec, device = job.spec, torch.device(job.device)
     family, checkpoint = get_family(job.family), job.bundle / "checkpoint"
     module = load_module(family, checkpoint, spec, MODULE_DTYPES[spec.compute_dtype], device)
+    if job.device == "cpu":
+        rewrite_for_cpu(module, channels_last=isinstance(module, DecodeStage))
     if spec.compute_dtype == "float8":
         if not has_float8(device):
             raise CompileError(

@@ -1,0 +1,81 @@
+"""Layers in a form of which Inductor makes fast loops on a CPU: weights and, but for rounding, results stay.
+
+Inductor computes a group norm over groups of few channels, of tensors in channels-last order, number by
+number; and the hyperbolic tangent of GELU's approximation costs several times an exponential.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.models.activations import GELU
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+
+
+class ChannelsLastGroupNorm(nn.Module):
+    """`nn.GroupNorm` of images (Wu & He, arXiv:1803.08494): means of channels, and of groups from these.
+
+    Every pass over the pixels is then vectorised over channels. A product with a matrix takes the means of
+    groups, because the compiler keeps its result, and would gather those of a broadcast for every pixel anew.
+    """
+
+    group_mean: Tensor
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        of_group = norm.num_channels // norm.num_groups
+        mean = torch.full((of_group, of_group), 1 / of_group)
+        self.register_buffer("group_mean", torch.block_diag(*[mean] * norm.num_groups), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, ...); computed in float32, returned in the dtype of `x`."""
+        over = tuple(range(2, x.ndim))
+        each = (..., *[None] * len(over))
+        pixels = x.float()
+        centred = pixels - (pixels.mean(over) @ self.group_mean)[each]
+        variance = centred.square().mean(over) @ self.group_mean
+        scale = torch.rsqrt(variance + self.eps) * self.weight.float()
+        return (centred * scale[each] + self.bias.float()[each]).to(x.dtype)
+
+
+class TanhGelu(nn.Module):
+    """GELU approximated by tanh (Hendrycks & Gimpel, arXiv:1606.08415): (1 + tanh u) / 2 = sigmoid(2 u)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape."""
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+class _ProjectedGelu(nn.Module):
+    """Diffusers' layer of a projection and a GELU, its weights under their names."""
+
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__()
+        self.proj, self.gelu = proj, TanhGelu()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        activated: Tensor = self.gelu(self.proj(hidden_states))
+        return activated
+
+
+def rewrite_for_cpu(module: nn.Module, *, channels_last: bool) -> None:
+    """Put such layers in the place of others, in place; every parameter keeps its name.
+
+    Args:
+        module: a stage, in the dtype that it is compiled in.
+        channels_last: whether its images lie in that order. In the other one group norms are fast already.
+    """
+    for name, child in module.named_children():
+        if channels_last and isinstance(child, nn.GroupNorm) and child.affine:
+            setattr(module, name, ChannelsLastGroupNorm(child))
+        elif isinstance(child, NewGELUActivation) or (
+            isinstance(child, nn.GELU) and child.approximate == "tanh"
+        ):
+            setattr(module, name, TanhGelu())
+        elif isinstance(child, GELU) and child.approximate == "tanh":
+            setattr(module, name, _ProjectedGelu(child.proj))
+        else:
+            rewrite_for_cpu(child, channels_last=channels_last)
