@@ -17,28 +17,32 @@ from transformers.activations import NewGELUActivation
 class ChannelsLastGroupNorm(nn.Module):
     """`nn.GroupNorm` of images (Wu & He, arXiv:1803.08494): means of channels, and of groups from these.
 
-    Every pass over the pixels is then vectorised over channels. A product with a matrix takes the means of
-    groups, because the compiler keeps its result, and would gather those of a broadcast for every pixel anew.
+    Every pass over the pixels is then vectorised over channels. A product with a matrix brings the means of
+    groups back to channels, because the compiler keeps its result; it would look up what is merely expanded
+    for every pixel anew.
     """
-
-    group_mean: Tensor
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-        of_group = norm.num_channels // norm.num_groups
-        mean = torch.full((of_group, of_group), 1 / of_group)
-        self.register_buffer("group_mean", torch.block_diag(*[mean] * norm.num_groups), persistent=False)
+        self.num_groups = norm.num_groups
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, C, ...); computed in float32, returned in the dtype of `x`."""
         over = tuple(range(2, x.ndim))
         each = (..., *[None] * len(over))
         pixels = x.float()
-        centred = pixels - (pixels.mean(over) @ self.group_mean)[each]
-        variance = centred.square().mean(over) @ self.group_mean
+        centred = pixels - self._of_groups(pixels.mean(over))[each]
+        variance = self._of_groups(centred.square().mean(over))
         scale = torch.rsqrt(variance + self.eps) * self.weight.float()
         return (centred * scale[each] + self.bias.float()[each]).to(x.dtype)
+
+    def _of_groups(self, channels: Tensor) -> Tensor:
+        """(B, C) numbers of channels, each replaced by the mean of its group."""
+        of_group = channels.shape[1] // self.num_groups
+        groups = channels.view(-1, self.num_groups, of_group).mean(2)
+        members = torch.arange(channels.shape[1]) // of_group == torch.arange(self.num_groups)[:, None]
+        return groups @ members.float()
 
 
 class TanhGelu(nn.Module):
