@@ -11,13 +11,26 @@ from typing import Protocol
 import psutil
 
 from loadtests import machine
-from loadtests.process import ServerProcess, free_port
+from loadtests.process import ROOT, ServerProcess, free_port
 
-PEERS = ("lock", "litserve", "litserve-engine")
+
+@dataclass(frozen=True, slots=True)
+class Framework:
+    """Its name, the module in `loadtests.peers` that serves with it, and what to tell pip."""
+
+    name: str
+    module: str
+    packages: tuple[str, ...]
+
+
+PEERS = ("lock", "litserve", "litserve-engine", "ray", "ray-engine")
 """Names for the command line."""
-LITSERVE = ("litserve==0.2.19", "pyzmq==27.3.0")
-"""Installed when it is compared with; all else that it needs is here."""
-LITSERVE_BATCHES = (8, 16)
+FRAMEWORKS = {
+    "litserve": Framework("LitServe", "litserve_batches", ("--no-deps", "litserve==0.2.19", "pyzmq==27.3.0")),
+    "ray": Framework("Ray Serve", "ray_serve", ("ray[serve]==2.60.0",)),
+}
+"""Those that batch. What is missing is installed when they are compared with."""
+BATCHES = (8, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +133,15 @@ class DiffusersBehindALock:
         )
 
 
-class LitServe:
-    """`loadtests.peers.litserve_batches`: two processes of one thread around a student or a bundle."""
+class Batching:
+    """A framework that batches: a process of one thread for each core, around a student or a bundle."""
 
-    def __init__(self, directory: Path, max_batch: int, packages: Path, scratch: Path) -> None:
+    def __init__(
+        self, framework: Framework, directory: Path, max_batch: int, packages: Path, scratch: Path
+    ) -> None:
         around = "our engine" if (directory / "manifest.json").exists() else "diffusers"
-        self.name = f"LitServe, {around}, batches of {max_batch}"
+        self.name = f"{framework.name}, {around}, batches of {max_batch}"
+        self._module = f"loadtests.peers.{framework.module}"
         self._directory = directory
         self._max_batch = max_batch
         self._packages = packages
@@ -134,26 +150,26 @@ class LitServe:
     def start(self) -> MeasuredServer:
         """A process that is not started yet, on a free port."""
         port = free_port()
-        arguments = ["loadtests.peers.litserve_batches", str(self._directory), f"--port={port}"]
+        arguments = [self._module, str(self._directory), f"--port={port}"]
         return MeasuredServer(
             [*arguments, f"--batch={self._max_batch}", f"--workers={machine.hardware()['cores']}"],
             port=port,
-            log=self._scratch / "litserve.log",
+            log=self._scratch / "peer.log",
             environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(self._packages)},
         )
 
 
-def install_litserve(folder: Path) -> Path:
-    """A folder with LitServe in it, for PYTHONPATH.
+def install(packages: Sequence[str], folder: Path) -> None:
+    """Put packages into a folder for PYTHONPATH; what we have too is there in our version.
 
     Raises:
-        RuntimeError: it cannot be had.
+        RuntimeError: they cannot be had.
     """
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
-    done = subprocess.run([*command, *LITSERVE], check=False, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
+    command += ["--constraint", str(ROOT / "constraints.txt"), *packages]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(LITSERVE)} cannot be installed:\n{done.stderr}")
-    return folder
+        raise RuntimeError(f"{' '.join(packages)} cannot be installed:\n{done.stderr}")
 
 
 def rivals(peers: Sequence[str], *, student: Path, bundle: Path, scratch: Path) -> dict[str, list[Contender]]:
@@ -168,9 +184,10 @@ def rivals(peers: Sequence[str], *, student: Path, bundle: Path, scratch: Path) 
             threads = sorted({1, machine.hardware()["cores"]})
             found[peer] = [DiffusersBehindALock(student, num_threads, scratch) for num_threads in threads]
             continue
-        packages = scratch / "litserve"
+        name, _, engine = peer.partition("-")
+        framework, packages = FRAMEWORKS[name], scratch / name
         if not packages.exists():
-            install_litserve(packages)
-        around = student if peer == "litserve" else bundle
-        found[peer] = [LitServe(around, max_batch, packages, scratch) for max_batch in LITSERVE_BATCHES]
+            install(framework.packages, packages)
+        around = bundle if engine else student
+        found[peer] = [Batching(framework, around, size, packages, scratch) for size in BATCHES]
     return found

@@ -2,12 +2,14 @@
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from loadtests.gpu import train_demo
 
@@ -52,6 +54,30 @@ def test_one_call_goes_from_nothing_to_a_teacher_and_a_second_has_nothing_to_do(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
     assert train_demo.main(arguments) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_what_a_run_keeps_another_begins_with(tmp_path: Path) -> None:
+    stages = ("pictures", "text", "teacher")
+    first = train_demo.toy_recipe(tmp_path / "first")
+    first.run(stages)
+    first.keep(tmp_path / "start")
+    assert sorted(path.name for path in (tmp_path / "start").iterdir()) == [
+        "code.safetensors",
+        "teacher.safetensors",
+        "text.safetensors",
+    ]
+
+    fits = {stage: replace(fit, num_steps=1, learning_rate=0.0) for stage, fit in first.fits.items()}
+    second = replace(first, out=tmp_path / "second", start=tmp_path / "start", fits=fits)
+    (second.out).mkdir()
+    (second.out / "pictures").symlink_to(first.out / "pictures")
+    second.run(stages)
+    second.keep(tmp_path / "again")
+    for stage in ("text", "teacher"):
+        before, after = (load_file(tmp_path / name / f"{stage}.safetensors") for name in ("start", "again"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_time_is_shared_out_among_the_stages_that_train() -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engines.errors import ConfigError
+
 STAGES = ("pictures", "judge", "vae", "train", "assemble")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "image": {
@@ -60,6 +62,10 @@ def add_demo_parser(commands: Any) -> None:  # argparse does not name the type o
     add("batch", "of the teacher")
     add("layers", "of the teacher")
     add("heads", "of the teacher, 32 wide each; video: 48")
+    parser.add_argument("--start", type=Path, help="begin with what --keep has written; studio only")
+    parser.add_argument(
+        "--keep", type=Path, help="write what was learnt, in float16 and without the optimizer; studio only"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -67,6 +73,8 @@ def _run(args: argparse.Namespace) -> int:
     for option, value in DEFAULTS[args.kind].items():
         if getattr(args, option) is None:
             setattr(args, option, value)
+    if args.kind != "studio" and (args.start or args.keep):
+        raise ConfigError(f"--start and --keep are for --kind studio, not {args.kind}")
     if args.kind == "video":
         from engines.demo.video.recipe import run_recipe
     elif args.kind == "studio":

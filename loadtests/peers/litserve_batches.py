@@ -10,7 +10,6 @@ request will take. What is measured is what it costs to promise more.
 
 import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +17,11 @@ import litserve  # type: ignore[import-not-found]  # installed for the benchmark
 import torch
 from PIL import Image
 
-from loadtests.peers.diffusers_lock import Student, png_base64
+from loadtests.peers.diffusers_lock import png_base64
+from loadtests.peers.engines import load_engine
 
 WAIT_S = 0.005
 """For more requests, while a batch is not full."""
-
-
-class Eager:
-    """The student as the peer behind a lock has it, several pictures at a time."""
-
-    def __init__(self, directory: Path) -> None:
-        self._student = Student(directory, num_threads=1)
-
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """A picture of each prompt."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with torch.inference_mode():
-            images: list[Image.Image] = self._student.pipeline(
-                list(prompts), generator=generators, **self._student.arguments
-            ).images
-        return images
-
-
-class Compiled:
-    """A bundle in the engine that our own workers run."""
-
-    def __init__(self, bundle: Path) -> None:
-        from engines.runtime.pipeline import Pipeline
-
-        self._pipeline = Pipeline.load(bundle, num_threads=1)
-
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """A picture of each prompt."""
-        from engines.runtime.pipeline import Sample
-
-        manifest = self._pipeline.manifest
-        run = self._pipeline.prepare(
-            [
-                Sample(
-                    prompt=prompt,
-                    seed=seed,
-                    num_steps=manifest.default_num_steps,
-                    bucket=manifest.buckets[0],
-                )
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            ]
-        )
-        while not run.finished:
-            self._pipeline.step(run)
-        return [Image.fromarray(pixels[0]) for pixels in self._pipeline.decode(run)]
 
 
 class Pictures(litserve.LitAPI):
@@ -79,8 +34,7 @@ class Pictures(litserve.LitAPI):
     def setup(self, device: str) -> None:  # noqa: ARG002 (LitServe's signature)
         """Load, in each worker, and draw something, so that the first request finds everything warm."""
         torch.set_num_threads(1)
-        is_bundle = (self._directory / "manifest.json").exists()
-        self._engine = Compiled(self._directory) if is_bundle else Eager(self._directory)
+        self._engine = load_engine(self._directory)
         self._engine.draw(["a red sphere"], [0])
 
     def decode_request(self, request: dict[str, Any]) -> tuple[str, int]:

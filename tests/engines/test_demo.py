@@ -12,7 +12,7 @@ from torch import nn
 from engines.demo.codec import PatchCode, make_vae
 from engines.demo.dataset import SHARD_SIZE, SceneSet
 from engines.demo.domain import scene_said_by
-from engines.demo.fit import FitConfig, fit
+from engines.demo.fit import FitConfig, fit, keep_average
 from engines.demo.judge import Judge, to_input
 from engines.demo.renderer import render
 from engines.demo.scenes import (
@@ -162,6 +162,26 @@ def test_interrupted_training_continues_to_the_same_weights(tmp_path) -> None:
         fit("line", {"line": broken}, _regression(broken, stop_at=7), config, tmp_path / "broken")
     fit("line", {"line": resumed}, _regression(resumed), config, tmp_path / "broken")
     assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_training_begins_with_kept_averages_until_it_has_a_checkpoint(tmp_path: Path) -> None:
+    first, second, third = (nn.Linear(3, 1) for _ in range(3))
+    checkpoint, kept = tmp_path / "first" / "line.safetensors", tmp_path / "kept" / "line.safetensors"
+    fit(
+        "line",
+        {"line": first},
+        _regression(first),
+        FitConfig(num_steps=9, learning_rate=0.1),
+        tmp_path / "first",
+    )
+    assert keep_average(checkpoint, kept) == 9
+    assert kept.stat().st_size < checkpoint.stat().st_size / 2
+
+    idle = FitConfig(num_steps=0, learning_rate=0.1)
+    fit("line", {"line": second}, _regression(second), idle, tmp_path / "second", begin=kept)
+    assert torch.equal(second.weight, first.weight.half().float())
+    fit("line", {"line": third}, _regression(third), idle, tmp_path / "first", begin=tmp_path / "missing")
+    assert torch.equal(third.weight, first.weight)
 
 
 def test_loss_that_is_not_finite_stops_training_and_says_where(tmp_path) -> None:

@@ -60,11 +60,12 @@ def train_vae(
     *,
     batch: int = 16,
     noise: float = 0.06,
+    begin: Path | None = None,
 ) -> AutoencoderKL:
     """Fit the decoder to the code of (N, 96, 96, 3) uint8 pictures and the encoder to the code itself.
 
     The decoder sees codes with a little noise, as a diffusion model makes them. The encoder has the easier
-    job and trains on every fourth step only.
+    job and trains on every fourth step only. `begin` as of `fit`.
     """
     torch.manual_seed(config.seed)
     vae = make_vae().to(memory_format=torch.channels_last)
@@ -92,7 +93,7 @@ def train_vae(
             total = total + 1e-3 * (log_variance - _LOG_VARIANCE).square().mean()
         return total
 
-    fit("vae", {"vae": vae}, loss, config, directory)
+    fit("vae", {"vae": vae}, loss, config, directory, begin=begin)
     return vae.eval()
 
 

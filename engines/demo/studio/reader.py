@@ -299,8 +299,9 @@ def train_reader(
     directory: Path,
     *,
     batch: int = 64,
+    begin: Path | None = None,
 ) -> Reader:
-    """Train on rendered pictures, (N, 96, 96, 3) uint8, some of them deformed, blurred or noisy."""
+    """Train on rendered pictures, (N, 96, 96, 3) uint8, some deformed or blurred; `begin` as of `fit`."""
     torch.manual_seed(config.seed)
     reader = _channels_last(Reader())
     truth = torch.tensor([answers(scene) for scene in scenes])
@@ -324,5 +325,5 @@ def train_reader(
             reading = reader(pictures, marks if soft < 0.6 else None)
         return loss_of(reading, marks, truth[rows.cpu()].to(config.device))
 
-    fit("reader", {"reader": reader}, loss, config, directory)
+    fit("reader", {"reader": reader}, loss, config, directory, begin=begin)
     return reader.eval()

@@ -6,6 +6,7 @@ Every stage goes on where it was interrupted; what is finished is not done again
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from engines.demo.codec import PatchCode
 from engines.demo.dataset import SHARD_SIZE
-from engines.demo.fit import FitConfig, load_average
+from engines.demo.fit import FitConfig, keep_average, load_average
 from engines.demo.studio.captions import make_tokenizer
 from engines.demo.studio.codec import LATENT_CHANNELS, decoded, make_vae, train_vae
 from engines.demo.studio.dataset import Pictures, StudioSet, draw_set, read_set
@@ -48,6 +49,8 @@ SAMPLERS = ((50, 2.0), (50, 1.0), (8, 2.0), (4, 2.0), (4, 1.0), (2, 1.0), (1, 1.
 """Steps and guidance of the exam's rows."""
 
 
+_TRAINED = ("reader", "vae", "text", "teacher")
+_CODE = "code.safetensors"
 _STAGES_OF = {
     "pictures": ("pictures",),
     "judge": ("reader",),
@@ -78,9 +81,12 @@ def run_recipe(args: argparse.Namespace) -> int:
         },
         batches={"reader": 64, "vae": 16, "text": 128, "teacher": args.batch},
         teacher_config=TeacherConfig(num_layers=args.layers, num_heads=args.heads),
+        start=args.start,
         num_processes=num_threads,
     )
     recipe.run([stage for asked in args.stages for stage in _STAGES_OF[asked]])
+    if args.keep is not None:
+        recipe.keep(args.keep)
     return 0
 
 
@@ -95,6 +101,7 @@ class Recipe:
         fits: how reader, vae, text and teacher are trained, by stage.
         batches: their batch sizes.
         teacher_config: what is trained.
+        start: what `keep` has written; stages that have nothing yet begin there.
         questions: prompts of each group in the exam.
         captions: that the text encoder learns to read from.
         num_processes: renderers side by side; unused on a GPU, which renders by itself.
@@ -108,6 +115,7 @@ class Recipe:
     fits: dict[str, FitConfig]
     batches: dict[str, int]
     teacher_config: TeacherConfig
+    start: Path | None = None
     questions: int = 200
     captions: int = 24_000
     num_processes: int = 1
@@ -168,6 +176,7 @@ class Recipe:
             self.fits["reader"],
             self.out / "reader",
             batch=self.batches["reader"],
+            begin=self._begin("reader"),
         )
         Eye(network, OutlineBank.of(known.masks.cpu(), known.scenes)).save(self._eye_path)
         self._note("reader", inspect_eye(self._eye(), self._read(self.held_back)))
@@ -182,6 +191,7 @@ class Recipe:
             self.fits["vae"],
             self.out / "vae",
             batch=self.batches["vae"],
+            begin=self._begin("vae"),
         )
         fresh = self._read(self.held_back)
         images, masks = fresh.images.cpu(), fresh.masks.cpu()
@@ -201,7 +211,13 @@ class Recipe:
 
     def text(self) -> None:
         """Teach the text encoder to read."""
-        train_text(self.fits["text"], self.out / "text", num=self.captions, batch=self.batches["text"])
+        train_text(
+            self.fits["text"],
+            self.out / "text",
+            num=self.captions,
+            batch=self.batches["text"],
+            begin=self._begin("text"),
+        )
 
     def teacher(self) -> None:
         """Train transformer and text encoder on exact codes."""
@@ -225,6 +241,7 @@ class Recipe:
             self.fits["teacher"],
             self.out / "teacher",
             batch=self.batches["teacher"],
+            begin=self._begin("teacher"),
         )
 
     def assemble(self) -> None:
@@ -259,6 +276,21 @@ class Recipe:
         self._note("exam", rows)
         save_sheet(columns, self.out / "exam.png", every=max(1, self.questions // 3))
 
+    def keep(self, directory: Path) -> None:
+        """Write what has been learnt so far, small enough to go on from elsewhere (`start`)."""
+        steps = {}
+        for stage in _TRAINED:
+            path = self.out / stage / f"{stage}.safetensors"
+            if path.exists():
+                steps[stage] = keep_average(path, directory / path.name)
+        shutil.copyfile(self.out / _CODE, directory / _CODE)
+        self.console.print(f"kept in {directory}, by steps trained: {steps}")
+
+    def _begin(self, stage: str) -> Path | None:
+        """Averaged weights for a stage to begin with."""
+        path = None if self.start is None else self.start / f"{stage}.safetensors"
+        return path if path is not None and path.exists() else None
+
     def _rendered(self, questions: Questions) -> Tensor:
         drawn = render(questions.scenes, questions.seed, device=self.device, chunk=self.render_chunk)
         return drawn.images
@@ -283,7 +315,10 @@ class Recipe:
         return self._kept[scenes]
 
     def _code(self) -> PatchCode:
-        path = self.out / "code.safetensors"
+        path = self.out / _CODE
+        if not path.exists() and self.start is not None:  # teacher and VAE of a start know no other
+            self.out.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.start / _CODE, path)
         if not path.exists():
             some = self._read(self.train_set).images[:: max(1, len(self.train_set) // 2000)].cpu()
             fitted = PatchCode.fit(some, LATENT_CHANNELS)

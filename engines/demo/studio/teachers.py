@@ -194,6 +194,7 @@ def train_teacher(
     *,
     batch: int = 64,
     caption_dropout: float = 0.1,
+    begin: Path | None = None,
 ) -> tuple[PixArtTransformer2DModel, T5EncoderModel]:
     """Train transformer and text encoder with the v-prediction loss (Salimans & Ho, arXiv:2202.00512).
 
@@ -205,6 +206,7 @@ def train_teacher(
         directory: of checkpoint and log.
         batch: pictures of a step.
         caption_dropout: share that learns without a caption, for guidance.
+        begin: averaged weights of an earlier training of the same `config`.
     """
     torch.manual_seed(fit_config.seed)
     transformer = make_transformer(config)
@@ -243,7 +245,7 @@ def train_teacher(
             total = total + config.reading_weight * asker.loss(lessons.shows[rows].to(device))
         return total
 
-    fit("teacher", modules, loss, fit_config, directory)
+    fit("teacher", modules, loss, fit_config, directory, begin=begin)
     return transformer.eval(), text_encoder.eval()
 
 

@@ -117,8 +117,10 @@ def captions_to_read(num: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return *ids_of(captions), torch.tensor([asked_of(scene) for scene in asked if scene is not None])
 
 
-def train_text(config: FitConfig, directory: Path, *, num: int = 24_000, batch: int = 128) -> T5EncoderModel:
-    """Teach a text encoder to read captions; the questions are thrown away."""
+def train_text(
+    config: FitConfig, directory: Path, *, num: int = 24_000, batch: int = 128, begin: Path | None = None
+) -> T5EncoderModel:
+    """Teach a text encoder to read captions; the questions are thrown away. `begin` as of `fit`."""
     torch.manual_seed(config.seed)
     encoder, reader = make_text_encoder(), CaptionReader()
     ids, masks, asked = captions_to_read(num, config.seed)
@@ -133,5 +135,5 @@ def train_text(config: FitConfig, directory: Path, *, num: int = 24_000, batch: 
             total = total + functional.cross_entropy(logits, target.to(config.device))
         return total
 
-    fit("text", {"encoder": encoder, "reader": reader}, loss, config, directory)
+    fit("text", {"encoder": encoder, "reader": reader}, loss, config, directory, begin=begin)
     return encoder.eval()
