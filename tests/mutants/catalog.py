@@ -303,6 +303,13 @@ MUTANTS = (
         POLICY,
     ),
     Mutant(
+        "a rush is remembered by those who wait",
+        BATCH_POLICY,
+        "return _rate(list(self._accepted)[-self._num_gaps :], now_ms)",
+        "return _rate(list(self._accepted), now_ms)",
+        POLICY,
+    ),
+    Mutant(
         "those to come do not count",
         BATCH_POLICY,
         "to_come = len(ends) * load / (1 - load)",

@@ -385,3 +385,30 @@ def test_arrivals_out_of_order_are_not_negative(order: tuple[int, ...]) -> None:
         arrivals.observe(at)
     assert min(arrivals.next_ms(10)) > 0
     assert arrivals.rows_per_ms(10) > 0
+
+
+def test_rush_that_is_over_holds_nobody_back() -> None:
+    """After it one in a second would still wait for company, were the rate taken over as many jobs as batches
+    are cut by.
+    """
+    arrivals = Arrivals()
+    rush = range(0, 600, 10)
+    after = (1_000, 1_400, 1_800)
+    for at in (*rush, *after):
+        arrivals.observe(at)
+
+    def decision(lately_per_ms: float) -> Run[Any] | Wait:
+        return decide(
+            [row("alone")],
+            now_ms=1_800,
+            waited_ms=0.0,
+            next_ms=arrivals.next_ms(1_800),
+            rows_per_ms=arrivals.rows_per_ms(1_800),
+            lately_per_ms=lately_per_ms,
+            backlog=0,
+            max_batch=8,
+            cost_ms=typical,
+        )
+
+    assert isinstance(decision(arrivals.rows_per_ms(1_800)), Wait)
+    assert isinstance(decision(arrivals.lately_per_ms(1_800)), Run)
