@@ -148,6 +148,7 @@ def keep_average(path: Path, kept: Path) -> int:
     averages = {key: value.half() for key, value in stored.items() if key.startswith("average.")}
     kept.parent.mkdir(parents=True, exist_ok=True)
     save_file(averages, kept, {"step": str(step), "seconds": f"{elapsed:.3f}"})
+    kept.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
     return step
 
 

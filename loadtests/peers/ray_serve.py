@@ -19,7 +19,7 @@ import ray  # type: ignore[import-not-found]  # installed for the benchmark that
 import torch
 from fastapi import FastAPI
 from PIL import Image
-from ray import serve  # type: ignore[import-not-found]
+from ray import serve
 
 from loadtests.peers.diffusers_lock import ImageRequest, png_base64
 from loadtests.peers.engines import load_engine
@@ -30,8 +30,8 @@ WAIT_S = 0.005
 app = FastAPI()
 
 
-@serve.deployment(max_ongoing_requests=256)  # type: ignore[untyped-decorator]
-@serve.ingress(app)  # type: ignore[untyped-decorator]
+@serve.deployment(max_ongoing_requests=256)
+@serve.ingress(app)
 class Pictures:
     """The route, batched, in each replica."""
 
@@ -70,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray.init(num_cpus=os.cpu_count(), include_dashboard=False, _temp_dir=folder, configure_logging=False)
         serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})
-        pictures = Pictures.options(num_replicas=arguments.workers)
+        pictures = Pictures.options(num_replicas=arguments.workers)  # type: ignore[attr-defined]
         serve.run(pictures.bind(str(arguments.directory), arguments.batch), blocking=False)
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
         serve.shutdown()

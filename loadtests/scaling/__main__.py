@@ -17,7 +17,10 @@ import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +100,9 @@ class Result:
     slice_p95_s: tuple[float, ...]
 
 
-def live(day: Day, manifest: Manifest, name: str, scaler: Autoscaler | int) -> Result:
-    """Run the day once; a number instead of a scaler is a fixed fleet."""
+def live(day: Day, manifest: Manifest, name: str) -> Result:
+    """Run the day once, scaled in one of the `ways`."""
+    scaler = ways(day, manifest)[name]
     batch_ms = batch_cost(manifest, manifest.buckets[0], manifest.default_num_steps, [manifest.backend])
     assert batch_ms is not None, "a bundle without measurements"
     fleet = Fleet(batch_ms, manifest.max_batch, scaler if isinstance(scaler, int) else scaler.behaviour.least)
@@ -134,7 +138,7 @@ def live(day: Day, manifest: Manifest, name: str, scaler: Autoscaler | int) -> R
 
 
 def ways(day: Day, manifest: Manifest) -> dict[str, Autoscaler | int]:
-    """What is compared, by name."""
+    """What is compared, by name; a number is a fixed fleet."""
     batch_ms = batch_cost(manifest, manifest.buckets[0], manifest.default_num_steps, [manifest.backend])
     assert batch_ms is not None, "a bundle without measurements"
 
@@ -238,9 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_s=args.start_s,
     )
     console, results = Console(), []
-    for name, scaler in ways(day, manifest).items():
-        results.append(live(day, manifest, name, scaler))
-        console.print(f"{name}: {results[-1].worker_hours:.1f} worker-hours")
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        for result in pool.map(partial(live, day, manifest), ways(day, manifest)):
+            results.append(result)
+            console.print(f"{result.name}: {result.worker_hours:.1f} worker-hours")
     console.print(table(day, results))
     draw(day, results, args.out.with_suffix(".png"))
     written: dict[str, Any] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from engines.demo.codec import PatchCode
+from engines.demo.fit import load_average
 from engines.demo.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES
 from engines.demo.studio.captions import MAX_TOKENS, caption, make_tokenizer, scene_said_by
 from engines.demo.studio.exam import GROUPS, ask, marks_of, spoilt_pictures
@@ -33,7 +34,7 @@ from engines.demo.studio.teachers import (
     mirrored_masks,
     written_captions,
 )
-from engines.demo.studio.text import TRAIN_TOKENS, CaptionReader, captions_to_read
+from engines.demo.studio.text import TRAIN_TOKENS, CaptionReader, captions_to_read, make_text_encoder
 from engines.demo.teachers import make_transformer
 from engines.demo.text import D_MODEL
 
@@ -386,3 +387,14 @@ def test_a_caption_reader_is_asked_for_exactly_what_captions_say() -> None:
 def test_contrast_the_wrong_way_round_is_no_contrast(drawn: tuple[list[Scene], Rendered]) -> None:
     images, masks = drawn[1].images, drawn[1].masks
     assert edge_contrast(255 - images, images, masks) == pytest.approx(-1)
+
+
+def test_shipped_text_encoder_reads_captions_that_it_has_never_met() -> None:
+    start = Path(__file__).parents[2] / "engines" / "demo" / "checkpoints" / "studio-start"
+    encoder, reader = make_text_encoder().eval(), CaptionReader().eval()
+    load_average(start / "text.safetensors", {"encoder": encoder, "reader": reader})
+    ids, masks, asked = captions_to_read(300, 1234)
+    with torch.no_grad():
+        read = reader(encoder(ids, attention_mask=masks).last_hidden_state, masks)
+    right = torch.stack([logits.argmax(1) for logits in read], dim=1) == asked
+    assert right.all(1).float().mean().item() > 0.97

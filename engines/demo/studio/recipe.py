@@ -283,7 +283,8 @@ class Recipe:
             path = self.out / stage / f"{stage}.safetensors"
             if path.exists():
                 steps[stage] = keep_average(path, directory / path.name)
-        shutil.copyfile(self.out / _CODE, directory / _CODE)
+        if (self.out / _CODE).exists():
+            shutil.copyfile(self.out / _CODE, directory / _CODE)
         self.console.print(f"kept in {directory}, by steps trained: {steps}")
 
     def _begin(self, stage: str) -> Path | None:
@@ -316,9 +317,10 @@ class Recipe:
 
     def _code(self) -> PatchCode:
         path = self.out / _CODE
-        if not path.exists() and self.start is not None:  # teacher and VAE of a start know no other
+        started = None if self.start is None else self.start / _CODE
+        if started is not None and started.exists() and not path.exists():  # its teacher knows no other
             self.out.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.start / _CODE, path)
+            shutil.copyfile(started, path)
         if not path.exists():
             some = self._read(self.train_set).images[:: max(1, len(self.train_set) // 2000)].cpu()
             fitted = PatchCode.fit(some, LATENT_CHANNELS)
