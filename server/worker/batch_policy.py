@@ -145,7 +145,7 @@ def _ends(rows: Sequence[Row[J]], backlog: int, most: int) -> list[int]:
         for number, (one, after) in enumerate(pairwise(rows), 1)
         if one.leased_job is not after.leased_job
     ]
-    ends += range(len(rows), len(rows) + backlog + 1)
+    ends += range(len(rows), max(len(rows), min(len(rows) + backlog, most)) + 1)
     return list(dict.fromkeys(min(end, most) for end in ends))
 
 

@@ -412,3 +412,20 @@ def test_rush_that_is_over_holds_nobody_back() -> None:
 
     assert isinstance(decision(arrivals.rows_per_ms(1_800)), Wait)
     assert isinstance(decision(arrivals.lately_per_ms(1_800)), Run)
+
+
+def test_however_long_the_backlog_a_decision_looks_no_further_than_it_must() -> None:
+    def decision(backlog: int) -> Run[Any] | Wait:
+        return decide(
+            [row(name) for name in "abcdefgh"],
+            now_ms=NOW_MS,
+            waited_ms=0.0,
+            next_ms=[],
+            rows_per_ms=0.01,
+            lately_per_ms=0.01,
+            backlog=backlog,
+            max_batch=8,
+            cost_ms=typical,
+        )
+
+    assert decision(10**15) == decision(10_000)
