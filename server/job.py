@@ -209,7 +209,13 @@ class Job:
         return self.status in TERMINAL
 
 
-def fingerprint(request: GenerationRequest, *, model: str | None = None, seed_given: bool = True) -> str:
+def fingerprint(
+    request: GenerationRequest,
+    *,
+    model: str | None = None,
+    seed_given: bool = True,
+    max_steps_under_load: int | None = None,
+) -> str:
     """sha256 (hex) of what is asked for: two requests that differ in it are not the same.
 
     Spelled out field by field: it must stay what it is, however requests are stored.
@@ -218,6 +224,7 @@ def fingerprint(request: GenerationRequest, *, model: str | None = None, seed_gi
         request: of a job.
         model: the one that was asked, if it is to count.
         seed_given: False for a seed that was drawn for the request: asking again without one is the same.
+        max_steps_under_load: what the client agrees to.
     """
     asked: dict[str, Any] = {
         "prompt": request.prompt,
@@ -236,6 +243,8 @@ def fingerprint(request: GenerationRequest, *, model: str | None = None, seed_gi
         asked["remix_of"] = request.remix_of
     if model is not None:
         asked["model"] = model
+    if max_steps_under_load is not None:
+        asked["max_steps_under_load"] = max_steps_under_load
     return hashlib.sha256(_encode_sorted(asked).encode()).hexdigest()
 
 

@@ -160,6 +160,11 @@ class Metrics:
         )
         self.queue_inflight = gauge("queue_inflight", "Jobs that a worker holds.", "class")
         self.queue_oldest_age = gauge("queue_oldest_age_seconds", "Age of the oldest waiting job.", "class")
+        self.wait_margin = gauge(
+            "wait_margin_ratio",
+            "What jobs near their deadline waited, over the prediction, in all but one of twenty cases.",
+            "class",
+        )
         self.workers_live = gauge("workers_live", "Workers with a fresh heartbeat.", "class")
         self.version_workers = gauge(
             "version_workers", "The same by version of the bundle.", "class", "version"

@@ -156,8 +156,9 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             title="Took, of what was predicted",
-            queries=quantiles("tdm_eta_ratio", "class", CLASS, (0.1, 0.5, 0.9)),
-            says="1 is exact.",
+            queries=quantiles("tdm_eta_ratio", "class", CLASS, (0.1, 0.5, 0.9))
+            | {"{{class}} allowed for": gauge("tdm_wait_margin_ratio")},
+            says="1 is exact. Admission allows for so much longer waits.",
         ),
         Panel(
             title="Live workers and their room",

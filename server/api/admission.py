@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+
+from server.queue.records import Outlook
 
 NO_WORKER_RETRY_MS = 5_000.0
 MIN_RETRY_MS = 50.0
+HURRY = 0.5
+"""Share of its deadline that a job may need before it is drawn in fewer steps, where the client agrees."""
 
 
 class Refusal(StrEnum):
@@ -42,6 +46,7 @@ class Load:
         max_batch: samples that one worker runs at once.
         pace: what the workers' batches take now, over what is predicted for them.
         beside_ms: what a job takes now once it is drawn.
+        margin: by how much jobs lately waited longer than predicted, in all but one of twenty cases.
     """
 
     waiting: int
@@ -51,6 +56,7 @@ class Load:
     max_batch: int
     pace: float = 1.0
     beside_ms: float = 0.0
+    margin: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,18 +66,22 @@ class Decision:
     Attributes:
         reason: why it is refused; None admits it.
         eta_ms: predicted time until it is finished; None with no worker to predict for.
+        latest_ms: the same, and rarely later.
+        is_hurried: fewer steps are better, where the client agrees.
         retry_after_ms: when a refused job would probably be admitted.
     """
 
     reason: Refusal | None = None
     eta_ms: float | None = None
+    latest_ms: float | None = None
+    is_hurried: bool = False
     retry_after_ms: float | None = None
 
 
 def decide(
     load: Load, batch_ms: Callable[[int], float], *, num_samples: int, max_waiting: int, deadline_ms: float
 ) -> Decision:
-    """Admit a job unless the queue is full or the job could not be finished before its deadline.
+    """Admit a job unless the queue is full or the job would hardly be finished before its deadline.
 
     With no live worker a job is admitted while there is room: it waits for one.
 
@@ -84,11 +94,17 @@ def decide(
     """
     own = own_ms(load, batch_ms, num_samples)
     eta_ms = predict_eta_ms(load, own)
+    latest_ms = predict_latest_ms(load, own)
+    decided = Decision(
+        eta_ms=eta_ms,
+        latest_ms=latest_ms,
+        is_hurried=latest_ms is not None and latest_ms > HURRY * deadline_ms,
+    )
     if load.waiting >= max_waiting:
-        return Decision(reason=Refusal.QUEUE, eta_ms=eta_ms, retry_after_ms=drain_ms(load, max_waiting))
-    if eta_ms is not None and eta_ms > deadline_ms:
-        return Decision(reason=Refusal.DEADLINE, eta_ms=eta_ms, retry_after_ms=late_ms(eta_ms, deadline_ms))
-    return Decision(eta_ms=eta_ms)
+        return replace(decided, reason=Refusal.QUEUE, retry_after_ms=drain_ms(load, max_waiting))
+    if latest_ms is not None and latest_ms > deadline_ms:
+        return replace(decided, reason=Refusal.DEADLINE, retry_after_ms=late_ms(latest_ms, deadline_ms))
+    return decided
 
 
 def own_ms(load: Load, batch_ms: Callable[[int], float], num_samples: int) -> float:
@@ -116,10 +132,28 @@ def predict_eta_ms(load: Load, own: float, *, ahead_ms: float | None = None) -> 
     return load.pace * (ahead_ms / load.num_workers + own) + load.beside_ms
 
 
-def max_ahead_ms(load: Load, own: float, deadline_ms: float) -> float | None:
-    """The most work of others, by the table, with which a job makes its deadline; None with no worker."""
-    left_ms = max(0.0, (deadline_ms - load.beside_ms) / load.pace - own)
-    return left_ms * load.num_workers if load.num_workers else None
+def predict_latest_ms(load: Load, own: float, *, ahead_ms: float | None = None) -> float | None:
+    """When a job will be finished, and rarely later: the `predict_eta_ms` of one that has to wait for longer,
+    by the margin. Who need not wait for others has none.
+    """
+    ahead_ms = load.waiting_ms + load.running_ms if ahead_ms is None else ahead_ms
+    return predict_eta_ms(load, own, ahead_ms=load.margin * ahead_ms)
+
+
+def predict_outlook(load: Load, own: float, deadline_ms: float) -> Outlook | None:
+    """What the queue needs to know of a job; None with no live worker.
+
+    Args:
+        load: the queue as it is now.
+        own: its own time, from `own_ms`.
+        deadline_ms: time that the job has.
+    """
+    if load.num_workers == 0:
+        return None
+    per_work = load.pace / load.num_workers
+    own_ms = load.pace * own + load.beside_ms
+    most_ms = max(0.0, deadline_ms - own_ms) / (load.margin * per_work)
+    return Outlook(max_ahead_ms=most_ms, own_ms=own_ms, per_work=per_work)
 
 
 def drain_ms(load: Load, max_waiting: int) -> float:

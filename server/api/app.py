@@ -150,6 +150,7 @@ async def _export_gauges(services: Services, closing: asyncio.Event) -> None:
                 metrics.queue_backlog.labels(name).set(model.stats.waiting_ms / 1000)
                 metrics.queue_inflight.labels(name).set(model.stats.running)
                 metrics.queue_oldest_age.labels(name).set(model.stats.oldest_age_ms / 1000)
+                metrics.wait_margin.labels(name).set(model.stats.margin)
                 metrics.jobs_kept.labels(name).set(model.stats.kept)
                 metrics.jobs_forgotten.labels(name).set(model.stats.forgotten)
                 metrics.workers_live.labels(name).set(len(model.stats.workers))

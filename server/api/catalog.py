@@ -75,6 +75,7 @@ class ServedModel:
             num_workers=len(workers),
             pace=self.stats.pace.ratio,
             beside_ms=self.stats.pace.beside_ms,
+            margin=self.stats.margin,
             max_batch=min((worker.max_batch for worker in workers), default=max(self.manifest.batch_sizes)),
         )
 

@@ -87,6 +87,21 @@ def sizes_of(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys(bucket.size for bucket in manifest.buckets))
 
 
+def pick_fewer_steps(most: int, manifest: Manifest) -> int:
+    """The largest number of steps that the model draws in, of at most so many.
+
+    Raises:
+        StepsNotServedError: it needs more.
+    """
+    fewer = [number for number in manifest.num_steps if number <= most]
+    if not fewer:
+        raise StepsNotServedError(
+            f"{manifest.name} does not draw in {most} steps or fewer; it needs {min(manifest.num_steps)}",
+            param="max_steps_under_load",
+        )
+    return max(fewer)
+
+
 def pick_steps(steps: int | None, manifest: Manifest) -> int:
     """The number of steps asked for, or the model's default.
 

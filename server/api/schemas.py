@@ -63,6 +63,13 @@ class SampleRequest(Body):
     steps: Whole | None = Field(
         default=None, ge=1, le=64, description="Denoising steps; the model's default if absent."
     )
+    max_steps_under_load: Whole | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="Consent to at most so many steps while a job may take more than half of its deadline: "
+        "sooner, and rather than a refusal. The answer's `steps` says what was done.",
+    )
 
 
 class DrawingRequest(SampleRequest):

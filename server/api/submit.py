@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from engines.bundle.manifest import Manifest
@@ -11,13 +12,15 @@ from server.api.admission import (
     MIN_RETRY_MS,
     NO_WORKER_RETRY_MS,
     Decision,
+    Load,
     Refusal,
     decide,
     drain_ms,
     late_ms,
-    max_ahead_ms,
     own_ms,
     predict_eta_ms,
+    predict_latest_ms,
+    predict_outlook,
 )
 from server.api.catalog import ServedModel
 from server.api.dependencies import Services
@@ -32,12 +35,12 @@ from server.api.errors import (
     TenantFullError,
     UnsupportedParameterError,
 )
-from server.api.offer import pick_bucket, pick_fps, pick_steps, pick_video_bucket
+from server.api.offer import pick_bucket, pick_fewer_steps, pick_fps, pick_steps, pick_video_bucket
 from server.api.schemas import DrawingRequest, SampleRequest, VideoRequest
 from server.api.spans import sending
 from server.cost import job_cost_ms
 from server.job import UNMEASURED_MS, GenerationRequest, Job, JobKind, fingerprint, new_job
-from server.queue.records import EnqueueResult, EnqueueStatus
+from server.queue.records import EnqueueResult, EnqueueStatus, Outlook
 
 MAX_RANDOM_SEED = 2**32
 """Random seeds stay below this: JavaScript clients read integers beyond 2**53 wrongly."""
@@ -81,16 +84,13 @@ async def accept(
     deadline_ms = round(services.settings.deadline_s(kind) * 1000)
     model = await services.catalog.find(body.model, kind=kind)
     request = replace(_complete(body, model.manifest), remix_of=remix_of)
+    asked = _fingerprint(body, request, model.name)
     load = model.load
-    measured = model.batch_ms(request.bucket, request.num_steps)
-    batch_ms = measured or (lambda num_samples: UNMEASURED_MS * num_samples)
-    decision = decide(
-        load,
-        batch_ms,
-        num_samples=request.num_samples,
-        max_waiting=services.settings.max_queue,
-        deadline_ms=deadline_ms,
-    )
+    decision, batch_ms = _decide(services, model, request, load, deadline_ms)
+    fewest = _steps_under_load(body, request, model.manifest)
+    if decision.is_hurried and fewest < request.num_steps:
+        request = replace(request, num_steps=fewest)
+        decision, batch_ms = _decide(services, model, request, load, deadline_ms)
     # A known key must find its job even when no new one is admitted: the queue says which it is.
     if decision.reason and idempotency_key is None:
         raise _refused(decision.reason, decision, services, model)
@@ -103,14 +103,17 @@ async def accept(
         request=request,
         now_ms=now_ms,
         deadline_ms=now_ms + deadline_ms,
-        asked=_fingerprint(body, request, model.name),
+        asked=asked,
         cost_ms=job_cost_ms(batch_ms, request.num_samples, load.max_batch),
     )
-    most_ms = max_ahead_ms(load, own, deadline_ms)
-    result = await _enqueue(services, body, job, idempotency_key, admit=not decision.reason, most_ms=most_ms)
+    outlook = predict_outlook(load, own, deadline_ms)
+    result = await _enqueue(services, body, job, idempotency_key, admit=not decision.reason, outlook=outlook)
     eta_ms = predict_eta_ms(load, own, ahead_ms=result.ahead_ms)
     if result.status not in (EnqueueStatus.OK, EnqueueStatus.DUP) or result.job_id is None:
-        raise _refused_by_queue(result, decision, services, model, eta_ms=eta_ms, deadline_ms=deadline_ms)
+        latest_ms = predict_latest_ms(load, own, ahead_ms=result.ahead_ms)
+        raise _refused_by_queue(
+            result, decision, services, model, latest_ms=latest_ms, deadline_ms=deadline_ms
+        )
     if result.status is EnqueueStatus.OK:
         services.metrics.accepted_work.labels(model.name).inc(job.cost_ms / 1000)
     else:
@@ -119,8 +122,35 @@ async def accept(
         job_id=result.job_id,
         attached=result.status is EnqueueStatus.DUP,
         position=result.position,
-        eta_ms=None if measured is None else eta_ms,
+        eta_ms=eta_ms if model.batch_ms(request.bucket, request.num_steps) else None,
     )
+
+
+def _decide(
+    services: Services, model: ServedModel, request: GenerationRequest, load: Load, deadline_ms: int
+) -> tuple[Decision, Callable[[int], float]]:
+    """Whether there is room for a job, and what its batches take by their number of samples."""
+    batch_ms = model.batch_ms(request.bucket, request.num_steps)
+    batch_ms = batch_ms or (lambda num_samples: UNMEASURED_MS * num_samples)
+    decision = decide(
+        load,
+        batch_ms,
+        num_samples=request.num_samples,
+        max_waiting=services.settings.max_queue,
+        deadline_ms=deadline_ms,
+    )
+    return decision, batch_ms
+
+
+def _steps_under_load(body: SampleRequest, request: GenerationRequest, manifest: Manifest) -> int:
+    """What the client agrees to have its job drawn in.
+
+    Raises:
+        StepsNotServedError: the model needs more than that.
+    """
+    if body.max_steps_under_load is None:
+        return request.num_steps
+    return min(request.num_steps, pick_fewer_steps(body.max_steps_under_load, manifest))
 
 
 async def _enqueue(
@@ -130,18 +160,18 @@ async def _enqueue(
     idempotency_key: str | None,
     *,
     admit: bool,
-    most_ms: float | None,
+    outlook: Outlook | None,
 ) -> EnqueueResult:
     """Ask the queue to take a job, in this request's trace; one that its key's holder is the same as is that.
 
     Args:
         admit: take it if no other job has its key.
-        most_ms: of work that may be ahead of it.
+        outlook: when it will be finished.
     """
     with sending(services.tracing, job) as span:
         job = replace(job, traceparent=span.traceparent)
         result = await services.queue.enqueue(
-            job, idempotency_key=idempotency_key, admit=admit, max_ahead_ms=most_ms
+            job, idempotency_key=idempotency_key, admit=admit, outlook=outlook
         )
         if result.status is EnqueueStatus.MISMATCH and await _is_same(services, body, result.job_id):
             result = replace(result, status=EnqueueStatus.DUP)
@@ -191,7 +221,12 @@ def _complete(body: SampleRequest, manifest: Manifest) -> GenerationRequest:
 
 def _fingerprint(body: SampleRequest, request: GenerationRequest, model: str) -> str:
     """Of what was asked: a repeated request without a seed is still the same request."""
-    return fingerprint(request, model=model, seed_given=body.seed is not None)
+    return fingerprint(
+        request,
+        model=model,
+        seed_given=body.seed is not None,
+        max_steps_under_load=body.max_steps_under_load,
+    )
 
 
 async def _is_same(services: Services, body: SampleRequest, holder_id: str | None) -> bool:
@@ -252,7 +287,7 @@ def _refused(reason: Refusal, decision: Decision, services: Services, model: Ser
     _count_refusal(services, model, reason)
     if decision.reason is Refusal.DEADLINE:
         message = (
-            f"a job would take about {(decision.eta_ms or 0) / 1000:.1f} s now, "
+            f"a job may take {(decision.latest_ms or 0) / 1000:.1f} s now, "
             f"and its deadline is {services.settings.deadline_s(model.kind):g} s; try again later"
         )
     else:
@@ -268,7 +303,7 @@ def _refused_by_queue(
     services: Services,
     model: ServedModel,
     *,
-    eta_ms: float | None,
+    latest_ms: float | None,
     deadline_ms: int,
 ) -> ApiError:
     """Count a job that the queue did not take, and say why.
@@ -276,14 +311,14 @@ def _refused_by_queue(
     Args:
         result: what the queue says.
         decision: what was predicted before it was asked; a known key asks it all the same.
-        eta_ms: predicted with what the queue knows to be ahead.
+        latest_ms: predicted with what the queue knows to be ahead.
         deadline_ms: how long the job may take.
     """
     if decision.reason and result.status is EnqueueStatus.QUEUE_FULL:
         return _refused(decision.reason, decision, services, model)
-    if result.status is EnqueueStatus.LATE and eta_ms is not None:  # others came since the load was read
-        retry_after_ms = late_ms(eta_ms, deadline_ms)
-        late = Decision(reason=Refusal.DEADLINE, eta_ms=eta_ms, retry_after_ms=retry_after_ms)
+    if result.status is EnqueueStatus.LATE and latest_ms is not None:  # others came since the load was read
+        retry_after_ms = late_ms(latest_ms, deadline_ms)
+        late = Decision(reason=Refusal.DEADLINE, latest_ms=latest_ms, retry_after_ms=retry_after_ms)
         return _refused(Refusal.DEADLINE, late, services, model)
     _count_refusal(services, model, _REASONS.get(result.status, Refusal.IDEMPOTENCY))
     return _enqueue_error(result, decision, services, model)

@@ -17,7 +17,9 @@ from server.store import ResultStore
 FILE = "job.json"
 SCHEMA = 2
 # Of a record: what only an unfinished job needs, and where its key for repetition lay.
-LEFT_OUT = frozenset({"entry", "cancel", "reply_to", "finisher", "ttl_ms", "idempotency_key"})
+LEFT_OUT = frozenset(
+    {"entry", "cancel", "reply_to", "finisher", "ttl_ms", "idempotency_key", "wait_us", "own_us"}
+)
 NAMES_OF_SCHEMA_1 = {
     "st": "status", "kd": "kind", "tn": "tenant", "pr": "priority", "req": "request", "fp": "fingerprint",
     "at": "attempt", "own": "worker", "enq": "created_ms", "beg": "started_ms", "end": "finished_ms",

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -23,10 +22,12 @@ from server.queue.ops import Observe, observe_nothing
 from server.queue.records import (
     EnqueueResult,
     EnqueueStatus,
+    Outlook,
     QueueStats,
     RedisHealth,
     UnreadableJobError,
     dump_cost,
+    dump_outlook,
     dump_request,
     load_job,
 )
@@ -111,7 +112,7 @@ class JobQueue:
         *,
         idempotency_key: str | None = None,
         admit: bool = True,
-        max_ahead_ms: float | None = None,
+        outlook: Outlook | None = None,
     ) -> EnqueueResult:
         """Accept `job` or say why not, atomically.
 
@@ -120,7 +121,7 @@ class JobQueue:
             idempotency_key: scoped to the job's tenant, kept for 24 h and no longer than its job. Again with
                 the same class and fingerprint it gives DUP and the job it already has, else MISMATCH.
             admit: False only looks for the job that has the key; a new one is refused as QUEUE_FULL.
-            max_ahead_ms: with more work of unfinished jobs before it a new one is LATE; None: no limit.
+            outlook: when it will be finished; None where no worker lives that would say so.
         Raises:
             ValueError: request larger than 64 KiB, or key longer than 255 characters.
         """
@@ -129,13 +130,12 @@ class JobQueue:
                 f"idempotency key of {len(idempotency_key)} characters: 1 to {MAX_KEY_CHARS} allowed"
             )
         max_waiting = self._max_waiting if admit else 0
-        max_ahead_us = "" if max_ahead_ms is None else math.floor(max_ahead_ms * 1000)
         request, times = dump_request(job.request), (job.created_ms, job.deadline_ms, self._result_ttl_ms)
         args = (
             *(job.id, job.tenant, job.priority, job.kind, request, job.fingerprint, *times),
             *(job.traceparent or "", self._replies.address, dump_cost(job.cost_ms)),
             *(_digest(idempotency_key), IDEMPOTENCY_TTL_MS, max_waiting, self._max_live_per_tenant),
-            max_ahead_us,
+            *dump_outlook(outlook),
         )
         accepted = False
         self._replies.expect(job)  # before the call: the answer may overtake its reply

@@ -48,6 +48,21 @@ class EnqueueStatus(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What is predicted for a job before the queue says what work is ahead of it.
+
+    Attributes:
+        max_ahead_ms: with more work of unfinished jobs before it a new one is LATE.
+        own_ms: from its start until it is finished.
+        per_work: how long it waits for work ahead of it, over that work.
+    """
+
+    max_ahead_ms: float
+    own_ms: float
+    per_work: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnqueueResult:
     """Whether a job was accepted.
 
@@ -121,6 +136,7 @@ class QueueStats:
         kept: finished jobs that are known.
         forgotten: finished jobs that were forgotten before their time because memory was short, ever.
         pace: of the live workers together.
+        margin: by how much waiting took longer than predicted, in all but one of twenty cases.
     """
 
     waiting: Mapping[Priority, int]
@@ -132,6 +148,7 @@ class QueueStats:
     waiting_ms: float = 0.0
     running_ms: float = 0.0
     pace: Pace = NO_PACE
+    margin: float = 1.0
     workers: tuple[WorkerInfo, ...]
 
     @property
@@ -241,6 +258,14 @@ def load_request(text: str) -> GenerationRequest:
 def dump_cost(cost_ms: float) -> int:
     """Microseconds, as the scripts add them up: whole, so that what comes and goes leaves nothing behind."""
     return max(1, math.ceil(cost_ms * 1000))
+
+
+def dump_outlook(outlook: Outlook | None) -> tuple[int | str, int | str, str]:
+    """The last three arguments of lua/enqueue.lua."""
+    if outlook is None:
+        return "", "", ""
+    most_us, own_us = math.floor(outlook.max_ahead_ms * 1000), math.ceil(outlook.own_ms * 1000)
+    return most_us, own_us, repr(outlook.per_work)
 
 
 def dump_outputs(outputs: Sequence[OutputRef]) -> str:

@@ -12,6 +12,7 @@ PARTS = (
     "_work",
     "_pump",
     "_accept",
+    "_margin",
     "_finish",
     "_back",
     "_lanes",

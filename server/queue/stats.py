@@ -49,6 +49,7 @@ def load_stats(replies: Sequence[Any], now_ms: int) -> QueueStats:
         waiting_ms=waiting_us / 1000,
         running_ms=(int(pump.get("work:live", 0)) - waiting_us) / 1000,
         workers=tuple(load_worker(infos[consumer]) for consumer in alive if consumer in infos),
+        margin=float(pump.get("margin", 1)),
         pace=_mean_pace([load_pace(paces.get(consumer)) for consumer in alive if consumer in infos]),
     )
 

@@ -161,6 +161,27 @@ MUTANTS = (
         VERBS,
     ),
     Mutant(
+        "the margin is that of one case in two",
+        f"{SCRIPTS}/_margin.lua",
+        "local late_share, learning_rate = 0.05, 0.05",
+        "local late_share, learning_rate = 0.5, 0.05",
+        VERBS,
+    ),
+    Mutant(
+        "what is nowhere near its deadline counts for the margin",
+        f"{SCRIPTS}/_margin.lua",
+        "if 2 * latest_ms < deadline_ms - created_ms then return end",
+        "",
+        VERBS,
+    ),
+    Mutant(
+        "the margin of what is given up while it runs is not seen",
+        f"{SCRIPTS}/fail.lua",
+        'if cjson.decode(failure).code == "deadline" then learn(id, now) end',
+        "",
+        VERBS,
+    ),
+    Mutant(
         "a finished job's record stays for ever",
         f"{SCRIPTS}/_finish.lua",
         'redis.call("PEXPIRE", key, ttl_ms)',

@@ -127,6 +127,7 @@ async def create_image(
     if raw:
         output = job.outputs[0]
         headers |= {"x-job-id": job.id, "x-seed": str(output.seed), "etag": etag_of(output)}
+        headers["x-steps"] = str(job.request.num_steps)
         return Response(await read(services, output), media_type=output.content_type, headers=headers)
     images_b64 = await _images_b64(services, job) if body.response_format == "b64_json" else None
     view = image_job(job, content_url=_content_url(request), result_ttl_s=ttl_s, images_b64=images_b64)

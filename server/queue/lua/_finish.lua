@@ -28,6 +28,7 @@ local function finish(id, status, now, fields)
 end
 
 local function finish_deadline(id, now)
+  learn(id, now)
   local message = "the deadline passed before the job was finished"
   finish(id, "failed", now, {"error", error_json("deadline", message)})
 end

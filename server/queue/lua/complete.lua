@@ -22,6 +22,7 @@ for i = 4, #ARGV, 5 do
     finish_cancelled(id, now)
     verdict = "cancelled"
   else
+    learn(id, now)
     finish(id, "done", now, {
       "progress", 100, "outputs", outputs, "timing", timing, "finisher", finisher, "version", version,
     })

@@ -1,9 +1,10 @@
 #!lua
 -- enqueue: accept a job, or say why not. Not allow-oom: a full server takes no new work.
--- `max_work` is the most work of others with which it still makes its deadline, "" if nobody can say.
+-- `max_work` is the most work of others with which it still makes its deadline; `own_us` what is predicted for itself, and
+-- `per_work` for the work of others, over that work; each "" if nobody can say.
 -- -> {status, id of the job that holds the key, jobs waiting before it, work of all unfinished ones}
 local id, tenant, _, _, _, fingerprint, created_ms = unpack(ARGV) -- and the rest of what `accept` takes, 12 in all
-local idem, idem_ttl, max_waiting, max_live, max_work = unpack(ARGV, 13, 17)
+local idem, idem_ttl, max_waiting, max_live, max_work, own_us, per_work = unpack(ARGV, 13, 19)
 local key = job_key(id)
 local idem_name = ":i:" .. tenant .. ":" .. idem
 local idem_key = q .. idem_name
@@ -50,5 +51,6 @@ if idem ~= "" then
   redis.call("SET", claim_key, q, "PX", idem_ttl)
 end
 accept(unpack(ARGV, 1, 12))
+if own_us ~= "" then redis.call("HSET", key, "own_us", own_us, "wait_us", math.floor(ahead * per_work)) end
 if idem ~= "" then redis.call("HSET", key, "idempotency_key", idem) end
 return {"ok", id, waiting, ahead}

@@ -9,5 +9,6 @@ if not status then return "unknown" end
 if terminal[status] then return its_finisher == finisher and "ok" or "stale" end
 if its_worker ~= consumer or its_attempt ~= attempt or not entry or its_version ~= version then return "stale" end
 if not owns(version, consumer, entry) then return "stale" end
+if cjson.decode(failure).code == "deadline" then learn(id, now) end
 finish(id, outcome, now, {"error", failure, "timing", timing, "finisher", finisher})
 return "ok"

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.admission import NO_WORKER_RETRY_MS, Load, decide, max_ahead_ms, own_ms, predict_eta_ms
+from server.api.admission import (
+    NO_WORKER_RETRY_MS,
+    Load,
+    decide,
+    own_ms,
+    predict_eta_ms,
+    predict_latest_ms,
+    predict_outlook,
+)
 
 
 def batch_ms(num_samples: int) -> float:
@@ -28,6 +36,11 @@ def load(*, waiting: int = 0, running: int = 0, num_workers: int = 2, max_batch:
 
 def eta_ms(state: Load, num_samples: int = 1) -> float | None:
     return predict_eta_ms(state, own_ms(state, batch_ms, num_samples))
+
+
+def max_ahead_ms(state: Load, own: float, deadline_ms: float) -> float | None:
+    outlook = predict_outlook(state, own, deadline_ms)
+    return outlook.max_ahead_ms if outlook else None
 
 
 def decide_one(state: Load, **changes: float) -> tuple[str | None, float | None, float | None]:
@@ -141,3 +154,30 @@ def test_what_is_done_with_pixels_takes_its_time_too() -> None:
 def test_a_job_that_only_the_table_believes_to_be_in_time_is_refused() -> None:
     assert decide_one(load(waiting=8, running=8), deadline_ms=150.0)[0] is None
     assert decide_one(replace(load(waiting=8, running=8), pace=1.5), deadline_ms=150.0)[0] == "deadline"
+
+
+def test_whoever_waits_is_admitted_with_as_much_room_as_others_lately_needed() -> None:
+    state = replace(load(waiting=8, running=8), margin=1.5)  # 100 ms behind them, 30 of its own
+    own = own_ms(state, batch_ms, 1)
+    assert eta_ms(state) == pytest.approx(130.0)  # what is told stays what is expected
+    assert predict_latest_ms(state, own) == pytest.approx(180.0)
+    assert max_ahead_ms(state, own, 180.0) == pytest.approx(200.0)  # just what is ahead
+    assert decide_one(state, deadline_ms=181.0)[0] is None
+    reason, _, retry_after_ms = decide_one(state, deadline_ms=120.0)
+    assert reason == "deadline"
+    assert retry_after_ms == pytest.approx(60.0)
+
+
+def test_whoever_need_not_wait_needs_no_room() -> None:
+    idle = replace(load(), margin=4.0)
+    assert decide_one(idle, deadline_ms=31.0)[0] is None
+
+
+def test_what_the_queue_is_told_adds_up_to_the_prediction() -> None:
+    state = replace(load(waiting=8, running=8), pace=1.2, beside_ms=40.0, margin=1.5)
+    own = own_ms(state, batch_ms, 1)
+    outlook = predict_outlook(state, own, 1000.0)
+    assert outlook is not None
+    assert outlook.own_ms + 200.0 * outlook.per_work == pytest.approx(eta_ms(state))
+    at_most = predict_latest_ms(state, own, ahead_ms=outlook.max_ahead_ms)
+    assert at_most == pytest.approx(1000.0)

@@ -2,12 +2,14 @@
 
 import asyncio
 import hashlib
+import math
 import os
 from collections import Counter, defaultdict, deque
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -20,7 +22,7 @@ from server.queue.archive import LEFT_OUT, Archive
 from server.queue.connection import connect
 from server.queue.job_queue import JobQueue
 from server.queue.keys import stream_of
-from server.queue.records import EnqueueStatus, dump_cost, load_job
+from server.queue.records import EnqueueStatus, Outlook, dump_cost, load_job
 from server.queue.worker_queue import (
     MAX_ATTEMPTS,
     WORKER_TTL_MS,
@@ -68,6 +70,8 @@ class ModelJob:
     cancelled: bool = False
     deleted: bool = False
     archived: bool = False
+    wait_us: int = 0
+    own_us: int = 0
     finisher: tuple[str, int] | None = None
     outputs: tuple[OutputRef, ...] = ()
     code: str = ""
@@ -136,6 +140,7 @@ class QueueModel(RuleBasedStateMachine):
         self.next: str | None = None
         self.share = 0
         self.dead: list[str] = []
+        self.margin = 1.0
 
     def told_apart(self, job: Job) -> Job:
         """With an id that a second run of the same example has again, else in another order than its age.
@@ -149,7 +154,7 @@ class QueueModel(RuleBasedStateMachine):
     def total_work(self) -> int:
         return sum(one.cost for one in self.by_id.values() if not one.finished)
 
-    def accept(self, job: Job, key: str | None, max_ahead_ms: float) -> tuple[EnqueueStatus, str | None]:
+    def accept(self, job: Job, key: str | None, outlook: Outlook | None) -> tuple[EnqueueStatus, str | None]:
         if job.id in self.by_id:
             return EnqueueStatus.OK, job.id
         holder = self.keys.get((job.tenant, key or ""))
@@ -162,9 +167,13 @@ class QueueModel(RuleBasedStateMachine):
             return EnqueueStatus.TENANT_FULL, None
         if sum(other.status is JobStatus.QUEUED for other in self.by_id.values()) >= MAX_WAITING:
             return EnqueueStatus.QUEUE_FULL, None
-        if self.total_work() > max_ahead_ms * 1000:
+        ahead_us = self.total_work()
+        if outlook and ahead_us > outlook.max_ahead_ms * 1000:
             return EnqueueStatus.LATE, None
         self.by_id[job.id] = ModelJob(job)
+        if outlook:
+            self.by_id[job.id].wait_us = int(ahead_us * outlook.per_work)
+            self.by_id[job.id].own_us = int(outlook.own_ms * 1000)
         self.lists[job.priority, job.tenant].append(job.id)
         live.add(job.id)
         if key:
@@ -294,12 +303,21 @@ class QueueModel(RuleBasedStateMachine):
 
     def finish(self, one: ModelJob, status: JobStatus, code: str = "") -> None:
         assert not one.finished
+        if status is JobStatus.DONE or code == "deadline":
+            self.learn(one)
         if one.status is JobStatus.QUEUED and one.entry is None:
             self.lists[one.job.priority, one.job.tenant].remove(one.job.id)
         one.status, one.code, one.cancelled = status, code, False
         one.entry = one.holder = None
         one.lapsed = False
         self.in_flight[one.job.tenant].discard(one.job.id)
+
+    def learn(self, one: ModelJob) -> None:
+        """Of a job that waited for others and came near its deadline, with no worker lost."""
+        latest_ms = (self.margin * one.wait_us + one.own_us) / 1000
+        if one.wait_us and one.attempt < 2 and 2 * latest_ms >= one.job.deadline_ms - one.job.created_ms:
+            was_late = self.clock.now_ms - one.job.created_ms > latest_ms
+            self.margin = min(4.0, max(0.5, self.margin * math.exp(0.05 * (was_late - 0.05))))
 
     def is_archived_well(self, one: ModelJob) -> None:
         """Its answer is in the store as it was in Redis, and nothing else of it is in Redis."""
@@ -347,8 +365,17 @@ class QueueModel(RuleBasedStateMachine):
             asked.pttl(f"{PREFIX}:j:{job_id}")
         return dict(zip(names, asked.execute(), strict=True))
 
-    def see_lanes(self) -> None:
-        """Learn what was moved into the lanes. Each tenant's jobs go there in the order they came."""
+    def opened(self) -> set[str]:
+        """Versions whose lanes take jobs."""
+        return {version for version, window in self.windows.items() if window}
+
+    def see_lanes(self, *, before: set[str] | None = None) -> None:
+        """Learn what was moved into the lanes. Each tenant's jobs go there in the order they came.
+
+        Args:
+            before: `opened` when the verb began, if it may have dealt jobs then as well as in the end.
+        """
+        moments = [self.opened()] if before is None else [before, self.opened()]
         inside = {
             (version, entry): fields["id"] for version in VERSIONS for entry, fields in self.entries(version)
         }
@@ -358,7 +385,7 @@ class QueueModel(RuleBasedStateMachine):
             while waiting and waiting[0] in moved:
                 one = self.by_id[waiting.popleft()]
                 version, entry = moved.pop(one.job.id)
-                self.is_dealt_well(one, version)
+                assert any(self.is_dealt_well(one, version, opened) for opened in moments)
                 one.entry, one.lane = entry, version
                 came.append(int(entry.partition("-")[0]))  # ms: the rest counts in each lane alone
             assert came == sorted(came), "overtaken by a later one of its tenant"
@@ -368,20 +395,19 @@ class QueueModel(RuleBasedStateMachine):
     def entries(self, version: str) -> Any:
         return self.redis.xrange(stream_of(MODEL, version))
 
-    def is_dealt_well(self, one: ModelJob, version: str) -> None:
-        """A job goes to the version that was decided on; while there are two, by share, each job once."""
-        opened = {version for version, window in self.windows.items() if window}
-        assert version in opened, "nobody serves that version"
+    def is_dealt_well(self, one: ModelJob, version: str, opened: set[str]) -> bool:
+        """A job goes to the version that was decided on; while there are two, by share, each job once. What is
+        tried again does not go to the version that may be to blame.
+        """
+        if version not in opened:
+            return False
         if len(opened) < 2 or self.base is None:
-            return
-        if self.next is None:
-            assert version == self.base
-        elif one.attempt:
-            assert version == self.base, "tried again by the version that may be to blame"
-        elif one.lane is not None:
-            assert version == (one.lane if one.lane == self.base or self.share else self.base)
-        elif not self.share:
-            assert version == self.base
+            return True
+        if self.next is None or one.attempt:
+            return version == self.base
+        if one.lane is not None:
+            return version == (one.lane if one.lane == self.base or self.share else self.base)
+        return bool(self.share) or version == self.base
 
     def lanes_are_kept(self, seen: dict[str, Any]) -> None:
         self.see_lanes()
@@ -433,6 +459,7 @@ class QueueModel(RuleBasedStateMachine):
         unfinished = [one for one in self.by_id.values() if not one.finished]
         assert dict(seen["live"]) == {one.job.id: one.job.deadline_ms for one in unfinished}
         assert int(seen["pump"].get("work:live", 0)) == self.total_work()
+        assert float(seen["pump"].get("margin", 1)) == pytest.approx(self.margin, rel=1e-3)
         waiting = [one for one in unfinished if one.status is JobStatus.QUEUED]
         for priority in Priority:
             queued = {one.job.id: one.job.created_ms for one in waiting if one.job.priority is priority}

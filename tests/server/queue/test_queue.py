@@ -1,15 +1,17 @@
 """The queue's verbs against real servers: what a job may do, whoever asks and however often."""
 
 import asyncio
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import redis
 
-from server.job import Job, JobStatus, Priority
+from server.job import Job, JobError, JobStatus, Priority
 from server.queue.job_queue import JobQueue
-from server.queue.records import EnqueueStatus
+from server.queue.records import EnqueueStatus, Outlook
 from server.queue.scripts import VERBS, script
 from server.queue.worker_queue import Settled, Verdict, WorkerQueue
 from tests.server.conftest import MODEL, STREAM, Clock
@@ -271,16 +273,81 @@ async def test_work_of_waiting_and_of_running_jobs_is_added_up(
 async def test_job_that_would_be_late_behind_those_accepted_a_moment_ago_is_refused(
     queue: JobQueue, new: NewJob
 ) -> None:
+    def outlook(max_ahead_ms: float) -> Outlook:
+        return Outlook(max_ahead_ms=max_ahead_ms, own_ms=1.0, per_work=1.0)
+
     statuses = [
-        (await queue.enqueue(new(cost_ms=100.0), max_ahead_ms=250.0, idempotency_key=f"k{i}")).status
+        (await queue.enqueue(new(cost_ms=100.0), outlook=outlook(250.0), idempotency_key=f"k{i}")).status
         for i in range(5)
     ]
     assert statuses == [*[EnqueueStatus.OK] * 3, *[EnqueueStatus.LATE] * 2]
-    late = await queue.enqueue(new(cost_ms=1.0), max_ahead_ms=299.0)
+    late = await queue.enqueue(new(cost_ms=1.0), outlook=outlook(299.0))
     assert (late.status, late.ahead_ms, late.job_id) == (EnqueueStatus.LATE, 300.0, None)
     assert (
         await queue.enqueue(new(), idempotency_key="k4")
     ).status is EnqueueStatus.OK  # its key stayed free
+
+
+async def waited(queue: JobQueue, worker: WorkerQueue, clock: Clock, job: Job, took_ms: int) -> float:
+    """The margin once a job behind others is done, or too late; it was to wait for 6 of its 10 s."""
+    before = await queue.stats(MODEL)
+    ahead_ms = before.waiting_ms + before.running_ms
+    await queue.enqueue(job, outlook=Outlook(max_ahead_ms=1e9, own_ms=100.0, per_work=6000.0 / ahead_ms))
+    lease = lease_one(worker)
+    running = start_one(worker, lease)
+    clock.now_ms = job.created_ms + took_ms
+    if took_ms < 10_000:
+        worker.complete(running, [OUTPUT], TIMING)
+    else:
+        late = JobError(code="deadline", message="too late")
+        worker.fail(running, late, TIMING)
+    return (await queue.stats(MODEL)).margin
+
+
+async def test_margin_follows_how_long_jobs_wait(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, clock: Clock
+) -> None:
+    worker, blocker = make_worker(), new(deadline_s=1000)
+    await queue.enqueue(blocker)
+    start_one(worker, lease_one(worker))
+    assert (await queue.stats(MODEL)).margin == 1.0
+    margins = [1.0]
+    for took_ms in (6200, 6050, 10_000, 6300):  # late, in time, given up, and in time by the margin there is
+        margins += [await waited(queue, worker, clock, new(deadline_s=10), took_ms)]
+    rises = [after / before for before, after in itertools.pairwise(margins)]
+    up, down = math.exp(0.05 * 0.95), math.exp(-0.05 * 0.05)
+    assert rises == pytest.approx([up, down, up, down], rel=1e-3)
+
+
+async def test_nineteen_of_twenty_in_time_leave_the_margin_as_it_is(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, clock: Clock
+) -> None:
+    worker = make_worker()
+    await queue.enqueue(new(deadline_s=1000))
+    start_one(worker, lease_one(worker))
+    for took_ms in [9000, *[6000] * 19]:
+        await waited(queue, worker, clock, new(deadline_s=10), took_ms)
+    assert (await queue.stats(MODEL)).margin == pytest.approx(1.0, abs=2e-3)
+
+
+async def test_what_says_nothing_about_waiting_leaves_the_margin_alone(
+    queue: JobQueue, new: NewJob, make_worker: MakeWorker, clock: Clock
+) -> None:
+    outlook = Outlook(max_ahead_ms=1e9, own_ms=100.0, per_work=60.0)  # of the 100 ms that are ahead
+    worker, first = make_worker(), new(deadline_s=10)
+    await queue.enqueue(first, outlook=outlook)  # it need not wait
+    slow = start_one(worker, lease_one(worker))
+    await queue.enqueue(new(deadline_s=1000), outlook=outlook)  # has all the time in the world
+    patient = start_one(worker, lease_one(worker))
+    await queue.enqueue(new(deadline_s=10))  # nothing was predicted
+    unforeseen = start_one(worker, lease_one(worker))
+    clock.now_ms += 9000
+    for job in (slow, patient, unforeseen):
+        worker.complete(job, [OUTPUT], TIMING)
+    await queue.enqueue(new(deadline_s=10))
+    await queue.enqueue(cancelled := new(deadline_s=10), outlook=outlook)
+    await queue.cancel(cancelled.id)
+    assert (await queue.stats(MODEL)).margin == 1.0
 
 
 # finishing

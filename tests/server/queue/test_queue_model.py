@@ -23,7 +23,7 @@ from server.job import TERMINAL, UNMEASURED_MS, JobError, JobKind, JobStatus, Ou
 from server.queue.census import Census
 from server.queue.job_queue import DEADLINE_GRACE_MS
 from server.queue.keys import stream_of
-from server.queue.records import EnqueueStatus
+from server.queue.records import EnqueueStatus, Outlook
 from server.queue.scripts import script
 from server.queue.worker_queue import (
     WORKER_TTL_MS,
@@ -59,7 +59,7 @@ class QueueMachine(QueueModel):
     @initialize(asked=st.lists(st.tuples(TENANTS, PRIORITIES), min_size=2, max_size=5))
     def first_jobs(self, asked: list[tuple[str, Priority]]) -> None:
         for tenant, priority in asked:
-            self.enqueue(0, JobKind.IMAGE, tenant, priority, "x", None, 1000, None, 1e9, 1)
+            self.enqueue(0, JobKind.IMAGE, tenant, priority, "x", None, 1000, None, 1e9, None, 1)
         self.redis_and_model_agree()
 
     @rule(
@@ -72,6 +72,7 @@ class QueueMachine(QueueModel):
         deadline_s=st.sampled_from([15, 1000]),
         cost_ms=COSTS,
         max_ahead_ms=st.sampled_from([1e9, 1e9, 4 * UNMEASURED_MS]),
+        per_work=st.sampled_from([None, 5.0, 50.0]),
         times=TIMES,
     )
     def enqueue(
@@ -85,6 +86,7 @@ class QueueMachine(QueueModel):
         deadline_s: int,
         cost_ms: float | None,
         max_ahead_ms: float,
+        per_work: float | None,
         times: int,
     ) -> None:
         job = new_job(
@@ -98,9 +100,12 @@ class QueueMachine(QueueModel):
             cost_ms=cost_ms,
         )
         job = self.told_apart(job)
+        outlook = None
+        if per_work is not None:
+            outlook = Outlook(max_ahead_ms=max_ahead_ms, own_ms=UNMEASURED_MS, per_work=per_work)
         for _ in range(times):
-            expected = self.accept(job, key, max_ahead_ms)
-            enqueue = self.apis[api].enqueue(job, idempotency_key=key, max_ahead_ms=max_ahead_ms)
+            expected = self.accept(job, key, outlook)
+            enqueue = self.apis[api].enqueue(job, idempotency_key=key, outlook=outlook)
             result = self.runner.run(enqueue)
             assert (result.status, result.job_id) == expected
 
@@ -255,11 +260,12 @@ class QueueMachine(QueueModel):
             if not self.in_lane(version):
                 del self.windows[version]
                 self.streams.remove(version)
+        before = self.opened()  # what lapsed is dealt anew before the worker finds that its lane is closed
         self.model_rejoin(worker)
         version = self.queues[worker].version
         expected = [one for one in self.in_lane(version) if one.holder and one.lapsed][:count]
         found = self.queues[worker].reclaim(count, LEASE_MS)
-        self.see_lanes()
+        self.see_lanes(before=before)
         self.take(worker, expected, found)
 
     @precondition(lambda self: self.leases)
@@ -380,7 +386,7 @@ class QueueMachine(QueueModel):
     @rule(
         ago=AGO,
         status=st.sampled_from([JobStatus.FAILED, JobStatus.CANCELLED]),
-        code=st.sampled_from(["generation_failed", "storage"]),
+        code=st.sampled_from(["generation_failed", "storage", "deadline"]),
         times=TIMES,
     )
     def fail(self, ago: int, status: JobStatus, code: str, times: int) -> None:
