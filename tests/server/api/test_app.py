@@ -136,11 +136,12 @@ async def test_a_key_finds_its_job_whatever_steps_the_load_allows(redis_url: str
     assert error_of(other)[:2] == (422, "idempotency_mismatch")
 
 
-async def test_steps_that_no_load_would_allow_are_refused_at_any_time(api: Api) -> None:
-    api.worker.manifest = api.worker.manifest.model_copy(update={"num_steps": [2, 4]})
-    api.worker.announce()
+async def test_steps_that_no_load_would_allow_are_refused_at_any_time(settings: Settings) -> None:
+    async with running_api(settings) as api:
+        api.worker.manifest = api.worker.manifest.model_copy(update={"num_steps": [2, 4]})
+        api.worker.announce()
 
-    response = await api.post({"wait_s": 0, "max_steps_under_load": 1})
+        response = await api.post({"wait_s": 0, "max_steps_under_load": 1})
 
     assert error_of(response) == (422, "steps_not_served", "max_steps_under_load")
     assert "needs 2" in response.json()["error"]["message"]

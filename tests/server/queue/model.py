@@ -396,8 +396,9 @@ class QueueModel(RuleBasedStateMachine):
         return self.redis.xrange(stream_of(MODEL, version))
 
     def is_dealt_well(self, one: ModelJob, version: str, opened: set[str]) -> bool:
-        """A job goes to the version that was decided on; while there are two, by share, each job once. What is
-        tried again does not go to the version that may be to blame.
+        """A job goes to the version that was decided on; while there are two, by share, each job once.
+
+        What is tried again does not go to the version that may be to blame.
         """
         if version not in opened:
             return False
