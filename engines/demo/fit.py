@@ -30,7 +30,7 @@ class FitConfig:
 
     Attributes:
         num_steps: optimizer steps; the learning rate warms up for 2 % of them (at most 200), then falls as a
-            cosine to 2 %.
+            cosine to 2 %. Those that `fit(begin=...)` goes on from count.
         learning_rate: peak.
         betas: AdamW.
         weight_decay: AdamW, on matrices and kernels only.
@@ -54,14 +54,19 @@ class FitConfig:
     device: str = "cpu"
     max_seconds: float = math.inf
 
-    def rate(self, step: int, elapsed: float = 0.0) -> float:
-        """Learning rate of a step that begins after so many seconds of training."""
+    def rate(self, step: int, elapsed: float = 0.0, begun: int = 0) -> float:
+        """Learning rate of a step that begins after so many seconds of training.
+
+        Args:
+            step: counted from 0.
+            elapsed: seconds.
+            begun: step at which the optimizer's moments were empty; it warms up from there.
+        """
         warm_up = max(1, min(200, self.num_steps // 50))
-        if step < warm_up:
-            return self.learning_rate * (step + 1) / warm_up
         share = (step - warm_up) / max(1, self.num_steps - warm_up)
-        share = min(1.0, max(share, elapsed / self.max_seconds))
-        return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        share = min(1.0, max(0.0, share, elapsed / self.max_seconds))
+        fallen = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
+        return self.learning_rate * fallen * min(1.0, (step - begun + 1) / warm_up)
 
 
 def autocast(device: str) -> torch.autocast:
@@ -70,9 +75,14 @@ def autocast(device: str) -> torch.autocast:
 
 
 class _Weights:
-    """Parameters, their running averages and the optimizer's moments: what a checkpoint holds."""
+    """Parameters, their running averages and the optimizer's moments: what a checkpoint holds.
 
-    def __init__(self, modules: Mapping[str, nn.Module], config: FitConfig) -> None:
+    Attributes:
+        begun: the step from which there are moments.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], config: FitConfig, begun: int = 0) -> None:
+        self.begun = begun
         self.live = {f"{name}.{key}": p for name, m in modules.items() for key, p in m.named_parameters()}
         self.average = {key: p.detach().clone() for key, p in self.live.items()}
         self.optimizer = torch.optim.AdamW(
@@ -95,22 +105,23 @@ class _Weights:
             for key, p in self.live.items():  # what no step has reached yet has no moments
                 tensors[f"{moment}.{key}"] = self.optimizer.state[p].get(moment, torch.zeros_like(p))
         partial = path.with_suffix(".part")
-        done = {"step": str(step), "seconds": f"{elapsed:.3f}"}
+        done = {"step": str(step), "seconds": f"{elapsed:.3f}", "begun": str(self.begun)}
         save_file({key: value.contiguous() for key, value in tensors.items()}, partial, done)
         partial.replace(path)
 
     @torch.no_grad()
     def load(self, path: Path) -> tuple[int, float]:
-        stored, step, elapsed = _read(path)
+        stored, done = _read(path)
+        step, self.begun = int(done["step"]), int(done.get("begun", 0))
         for key, p in self.live.items():
             p.copy_(stored[f"weight.{key}"])
             self.average[key].copy_(stored[f"average.{key}"])
             self.optimizer.state[p] = {
-                "step": torch.tensor(float(step)),
+                "step": torch.tensor(float(step - self.begun)),
                 "exp_avg": stored[f"exp_avg.{key}"].to(p),
                 "exp_avg_sq": stored[f"exp_avg_sq.{key}"].to(p),
             }
-        return step, elapsed
+        return step, float(done.get("seconds", 0))
 
     def descend(self, loss: Tensor, *, rate: float, clip: float) -> None:
         """One optimizer step along the clipped gradient."""
@@ -131,11 +142,11 @@ class _Weights:
             p.copy_(self.average[key])
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], int, float]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header."""
     with safe_open(path, framework="pt") as file:
-        done = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return tensors, int(done["step"]), float(done.get("seconds", 0))
+        done: dict[str, str] = file.metadata()
+        return {key: file.get_tensor(key) for key in file.keys()}, done  # noqa: SIM118
 
 
 def keep_average(path: Path, kept: Path) -> int:
@@ -144,23 +155,27 @@ def keep_average(path: Path, kept: Path) -> int:
     Returns:
         The steps that they were trained for, which the file's header has, too.
     """
-    stored, step, elapsed = _read(path)
+    stored, done = _read(path)
     averages = {key: value.half() for key, value in stored.items() if key.startswith("average.")}
     kept.parent.mkdir(parents=True, exist_ok=True)
-    save_file(averages, kept, {"step": str(step), "seconds": f"{elapsed:.3f}"})
+    save_file(averages, kept, {name: done[name] for name in ("step", "seconds") if name in done})
     kept.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
-    return step
+    return int(done["step"])
 
 
-def load_average(path: Path, modules: Mapping[str, nn.Module]) -> None:
+def load_average(path: Path, modules: Mapping[str, nn.Module]) -> int:
     """Put the averaged weights of a checkpoint of `fit`, finished or not, or of `keep_average`, into modules
     built alike.
+
+    Returns:
+        The steps that they were trained for.
     """
-    stored, *_ = _read(path)
+    stored, done = _read(path)
     with torch.no_grad():
         for name, module in modules.items():
             for key, p in module.named_parameters():
                 p.copy_(stored[f"average.{name}.{key}"])
+    return int(done["step"])
 
 
 def _progress() -> Progress:
@@ -195,7 +210,8 @@ def fit(
         loss: returns a scalar to minimise, drawing everything random from the generator it is given.
         config: how.
         directory: of the checkpoint and the log.
-        begin: averaged weights to start from where `directory` has no checkpoint; None: the modules' own.
+        begin: averaged weights to go on from where `directory` has no checkpoint: their steps count, and the
+            optimizer begins anew. None: the modules' own weights, and no step done.
 
     Raises:
         TrainingError: the loss is not finite; the last checkpoint is kept.
@@ -204,10 +220,9 @@ def fit(
     for module in modules.values():
         module.to(config.device)
     path = directory / f"{name}.safetensors"
-    if begin is not None and not path.exists():
-        load_average(begin, modules)
-    weights = _Weights(modules, config)
-    start, before = weights.load(path) if path.exists() else (0, 0.0)
+    begun = 0 if begin is None or path.exists() else load_average(begin, modules)
+    weights = _Weights(modules, config, begun)
+    start, before = weights.load(path) if path.exists() else (begun, 0.0)
     smooth, began = math.nan, time.monotonic()
     elapsed = before
     log_path = directory / f"{name}.jsonl"
@@ -219,7 +234,7 @@ def fit(
             value = loss(torch.Generator().manual_seed(config.seed * 1_000_003 + step))
             if not torch.isfinite(value):
                 raise TrainingError(f"{name}: loss is {value.item()} at step {step}; kept: {path}")
-            weights.descend(value, rate=config.rate(step, elapsed), clip=config.clip)
+            weights.descend(value, rate=config.rate(step, elapsed, weights.begun), clip=config.clip)
             weights.follow(min(config.ema_decay, (step + 1) / (step + 10)))
             smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
             progress.update(task, completed=step + 1, loss=smooth)
@@ -235,6 +250,8 @@ def fit(
             last = step + 1 == config.num_steps or elapsed >= config.max_seconds
             if (step + 1) % config.save_every == 0 or last:
                 weights.save(path, step + 1, elapsed)
+    if not path.exists():  # what was to go on from has had all its steps
+        weights.save(path, start, before)
     weights.settle()
     for module in modules.values():
         module.to("cpu")

@@ -1,5 +1,6 @@
 """What the peers that batch draw with: a plain diffusers pipeline, or the engine that our own workers run."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +62,16 @@ class Compiled:
         while not run.finished:
             self._pipeline.step(run)
         return [Image.fromarray(pixels[0]) for pixels in self._pipeline.decode(run)]
+
+
+def read_arguments(behind: str) -> argparse.Namespace:
+    """The command line of a peer that batches: `directory`, `port`, `workers` and `batch`."""
+    parser = argparse.ArgumentParser(description=f"the same student behind {behind}")
+    parser.add_argument("directory", type=Path, help="a student, or a bundle")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread (2)")
+    parser.add_argument("--batch", type=int, default=8, help="most pictures drawn at once (8)")
+    return parser.parse_args()
 
 
 def load_engine(directory: Path) -> Draws:

@@ -8,7 +8,6 @@ request will take. What is measured is what it costs to promise more.
     python -m loadtests.peers.litserve_batches BUNDLE --port 8001 --batch 16     our `Pipeline`
 """
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 
 from loadtests.peers.diffusers_lock import png_base64
-from loadtests.peers.engines import load_engine
+from loadtests.peers.engines import load_engine, read_arguments
 
 WAIT_S = 0.005
 """For more requests, while a batch is not full."""
@@ -57,12 +56,7 @@ class Pictures(litserve.LitAPI):
 
 def main() -> None:
     """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description="the same student behind LitServe")
-    parser.add_argument("directory", type=Path, help="a student, or a bundle")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread (2)")
-    parser.add_argument("--batch", type=int, default=8, help="most pictures drawn at once (8)")
-    arguments = parser.parse_args()
+    arguments = read_arguments("LitServe")
     server = litserve.LitServer(
         Pictures(arguments.directory, arguments.batch),
         accelerator="cpu",

@@ -7,7 +7,6 @@ all. Like LitServe it keeps what it has accepted in memory.
     python -m loadtests.peers.ray_serve BUNDLE --port 8001 --batch 16     our `Pipeline`
 """
 
-import argparse
 import os
 import signal
 import tempfile
@@ -22,7 +21,7 @@ from PIL import Image
 from ray import serve
 
 from loadtests.peers.diffusers_lock import ImageRequest, png_base64
-from loadtests.peers.engines import load_engine
+from loadtests.peers.engines import load_engine, read_arguments
 
 WAIT_S = 0.005
 """For more requests, while a batch is not full."""
@@ -61,12 +60,7 @@ class Pictures:
 
 def main() -> None:
     """Serve until interrupted."""
-    parser = argparse.ArgumentParser(description="the same student behind Ray Serve")
-    parser.add_argument("directory", type=Path, help="a student, or a bundle")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--workers", type=int, default=2, help="replicas of one thread (2)")
-    parser.add_argument("--batch", type=int, default=8, help="most pictures drawn at once (8)")
-    arguments = parser.parse_args()
+    arguments = read_arguments("Ray Serve")
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         ray.init(num_cpus=os.cpu_count(), include_dashboard=False, _temp_dir=folder, configure_logging=False)
         serve.start(http_options={"host": "127.0.0.1", "port": arguments.port})

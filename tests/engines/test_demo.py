@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,6 +136,10 @@ class _InterruptedError(Exception):
     pass
 
 
+def _never(rng: torch.Generator) -> torch.Tensor:
+    raise AssertionError("trained on")
+
+
 def _regression(network: nn.Linear, *, stop_at: int | None = None):
     calls = 0
 
@@ -177,11 +182,39 @@ def test_training_begins_with_kept_averages_until_it_has_a_checkpoint(tmp_path: 
     assert keep_average(checkpoint, kept) == 9
     assert kept.stat().st_size < checkpoint.stat().st_size / 2
 
-    idle = FitConfig(num_steps=0, learning_rate=0.1)
-    fit("line", {"line": second}, _regression(second), idle, tmp_path / "second", begin=kept)
+    idle = FitConfig(num_steps=9, learning_rate=0.1)
+    fit("line", {"line": second}, _never, idle, tmp_path / "second", begin=kept)
     assert torch.equal(second.weight, first.weight.half().float())
-    fit("line", {"line": third}, _regression(third), idle, tmp_path / "first", begin=tmp_path / "missing")
+    fit("line", {"line": third}, _never, idle, tmp_path / "first", begin=tmp_path / "missing")
     assert torch.equal(third.weight, first.weight)
+    fit("line", {"line": third}, _never, idle, tmp_path / "second")  # what it went on from is its checkpoint
+    assert torch.equal(third.weight, second.weight)
+
+
+def test_steps_that_kept_averages_have_had_count(tmp_path: Path) -> None:
+    networks = [nn.Linear(3, 1) for _ in range(4)]
+    kept = tmp_path / "kept.safetensors"
+
+    def train(network: nn.Linear, num_steps: int, where: str, **more: Any) -> None:
+        config = FitConfig(num_steps=num_steps, learning_rate=1e-2, save_every=2)
+        loss = _regression(network, **more)
+        fit("line", {"line": network}, loss, config, tmp_path / where, begin=kept if kept.exists() else None)
+
+    train(networks[0], 200, "first")
+    keep_average(tmp_path / "first" / "line.safetensors", kept)
+    train(networks[1], 207, "whole", stop_at=8)
+    with pytest.raises(_InterruptedError):
+        train(networks[2], 207, "broken", stop_at=6)
+    train(networks[3], 207, "broken", stop_at=4)
+    assert torch.equal(networks[1].weight, networks[3].weight)
+    assert not torch.equal(networks[1].weight, networks[0].weight)
+
+
+def test_an_optimizer_that_begins_anew_warms_up_where_it_begins() -> None:
+    config = FitConfig(num_steps=1000, learning_rate=1.0)  # 20 of which warm up
+    assert config.rate(0) == pytest.approx(1 / 20)
+    assert config.rate(500, begun=500) == pytest.approx(config.rate(500) / 20)
+    assert config.rate(519, begun=500) == config.rate(519)
 
 
 def test_loss_that_is_not_finite_stops_training_and_says_where(tmp_path) -> None:

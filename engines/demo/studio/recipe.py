@@ -101,7 +101,7 @@ class Recipe:
         fits: how reader, vae, text and teacher are trained, by stage.
         batches: their batch sizes.
         teacher_config: what is trained.
-        start: what `keep` has written; stages that have nothing yet begin there.
+        start: what `keep` has written; stages that have nothing yet go on from there, its steps counted.
         questions: prompts of each group in the exam.
         captions: that the text encoder learns to read from.
         num_processes: renderers side by side; unused on a GPU, which renders by itself.
@@ -278,6 +278,7 @@ class Recipe:
 
     def keep(self, directory: Path) -> None:
         """Write what has been learnt so far, small enough to go on from elsewhere (`start`)."""
+        directory.mkdir(parents=True, exist_ok=True)
         steps = {}
         for stage in _TRAINED:
             path = self.out / stage / f"{stage}.safetensors"
