@@ -184,6 +184,17 @@ def test_images_run_without_root() -> None:
     }
 
 
+def test_what_loads_engines_may_execute_what_it_unpacks(compose: dict[str, Any]) -> None:
+    """Docker mounts a tmpfs noexec where nothing else is said: no shared object loads from there."""
+    loading = {
+        name: service["tmpfs"]
+        for name, service in compose["services"].items()
+        if service.get("build", {}).get("target") not in (None, "api")
+    }
+    assert len(loading) == 8
+    assert {name: tmpfs for name, tmpfs in loading.items() if tmpfs != ["/tmp:exec"]} == {}
+
+
 def test_compose_builds_targets_that_exist(compose: dict[str, Any]) -> None:
     targets = {service["build"]["target"] for service in compose["services"].values() if "build" in service}
     assert targets == TARGETS

@@ -23,7 +23,7 @@ from engines.bundle.stages import DType, StageSpec
 from engines.errors import BundleError, CheckpointError
 from engines.families.checkpoint import check_safetensors, current_name, weight_files
 from engines.runtime.rowwise import quantise_rows
-from engines.runtime.unlocked import UnlockedPackage, can_unlock
+from engines.runtime.unlocked import UnlockedPackage, can_unlock, not_loaded
 
 BINDINGS = "bindings"
 """Key of the header entry that maps constant names to `Binding`s, as JSON."""
@@ -170,9 +170,7 @@ def load_package(path: Path, device: torch.device | str = "cpu") -> torch._C._ao
             str(path), model_name, run_single_threaded, num_runners, device_index
         )
     except RuntimeError as error:
-        raise BundleError(
-            f"files.engines/{path.name}", f"cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+        raise not_loaded(path, error) from None
 
 
 class AotInductorEngine:

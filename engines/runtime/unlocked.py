@@ -136,6 +136,14 @@ def can_unlock(path: Path) -> bool:
         return False  # torch's loader says what is wrong with it
 
 
+def not_loaded(path: Path, error: Exception) -> BundleError:
+    """What is said of a package whose code cannot be loaded."""
+    why = str(error).splitlines()[0]
+    if "failed to map segment" in why:  # the loader's words for a file that must not be executed
+        why += " (code is unpacked where temporary files are: a place mounted noexec? TMPDIR names another)"
+    return BundleError(f"files.engines/{path.name}", f"cannot be loaded: {why}")
+
+
 def _link(path: Path) -> ctypes.CDLL:
     """The code of a package; its file is gone once it is mapped."""
     with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(prefix="tdm-engine-") as folder:
@@ -143,9 +151,7 @@ def _link(path: Path) -> ctypes.CDLL:
         try:
             library = ctypes.CDLL(archive.extract(name, folder))
         except OSError as error:
-            raise BundleError(
-                f"files.engines/{path.name}", f"cannot be loaded: {str(error).splitlines()[0]}"
-            ) from None
+            raise not_loaded(path, error) from None
     for function, arguments in _ARGUMENTS.items():
         getattr(library, f"{_PREFIX}{function}").argtypes = arguments
     return library

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from engines.bundle.manifest import read_manifest
 from engines.errors import BundleError
-from engines.runtime.aotinductor import AotInductorEngine, Constants, LockedPackage
+from engines.runtime.aotinductor import AotInductorEngine, Constants, LockedPackage, load_package
 from engines.runtime.unlocked import UnlockedPackage, can_unlock
 
 
@@ -90,6 +93,31 @@ def test_error_inside_the_code_is_raised(compiled_bundle: Path, monkeypatch: pyt
         package([])
     with pytest.raises(RuntimeError, match=r"RunSingleThreaded: .*dtype"):
         package([one.double() for one in inputs])
+
+
+@pytest.fixture
+def no_programs(tmp_path: Path) -> Iterator[Path]:
+    """A directory whose files must not be executed, as Docker mounts a tmpfs."""
+    folder = tmp_path / "noexec"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # torch does not close what it could not load
+
+
+@pytest.mark.parametrize("unlocked", [True, False])
+def test_code_that_may_not_be_executed_is_refused_with_the_way_out(
+    compiled_bundle: Path, no_programs: Path, monkeypatch: pytest.MonkeyPatch, unlocked: bool
+) -> None:
+    path = compiled_bundle / read_manifest(compiled_bundle).engines[1].path
+    monkeypatch.setenv("TMPDIR", str(no_programs))  # torch's loader reads it
+    monkeypatch.setattr(tempfile, "tempdir", str(no_programs))
+    with pytest.raises(BundleError, match=r"cannot be loaded: .*failed to map .*noexec\? TMPDIR names"):
+        UnlockedPackage(path, {}) if unlocked else load_package(path)
 
 
 def test_package_that_is_none_is_left_to_torchs_loader(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ def leave_the_network() -> None:
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 
 
+DOCKERS_TMPFS = ("noexec", "nosuid", "nodev")
+"""How Docker mounts one that says nothing else."""
+
+
 class Container:
     """A service of docker-compose.yml in the stage that it names."""
 
@@ -49,8 +53,10 @@ class Container:
         assert service["read_only"] is True
         mount_layers((names, *built.layers), self._root)
         mount_kernel(self._root)
-        for inside in service["tmpfs"]:
-            mount("-t", "tmpfs", "tmpfs", self._root / inside.removeprefix("/"), "-o", "mode=1777")
+        for place in service["tmpfs"]:
+            inside, _, options = place.partition(":")
+            flags = ["mode=1777", *DOCKERS_TMPFS, *filter(None, options.split(","))]
+            mount("-t", "tmpfs", "tmpfs", self._root / inside.removeprefix("/"), "-o", ",".join(flags))
         for volume in service["volumes"]:
             source, inside, *options = volume.split(":")
             outside = folder / "volumes" / source
