@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -389,10 +390,20 @@ def test_contrast_the_wrong_way_round_is_no_contrast(drawn: tuple[list[Scene], R
     assert edge_contrast(255 - images, images, masks) == pytest.approx(-1)
 
 
+START = Path(__file__).parents[2] / "engines" / "demo" / "checkpoints" / "studio-start"
+
+
+def test_shipped_beginning_of_a_teacher_is_one_to_go_on_from() -> None:
+    transformer, encoder = make_transformer(TeacherConfig()), make_text_encoder()
+    steps = load_average(START / "teacher.safetensors", {"transformer": transformer, "text_encoder": encoder})
+    assert steps >= 3500
+    assert load_file(START / "code.safetensors")["encode_matrix"].isfinite().all()
+    assert all(p.isfinite().all() and p.any() for p in transformer.parameters())
+
+
 def test_shipped_text_encoder_reads_captions_that_it_has_never_met() -> None:
-    start = Path(__file__).parents[2] / "engines" / "demo" / "checkpoints" / "studio-start"
     encoder, reader = make_text_encoder().eval(), CaptionReader().eval()
-    load_average(start / "text.safetensors", {"encoder": encoder, "reader": reader})
+    assert load_average(START / "text.safetensors", {"encoder": encoder, "reader": reader}) == 1500
     ids, masks, asked = captions_to_read(300, 1234)
     with torch.no_grad():
         read = reader(encoder(ids, attention_mask=masks).last_hidden_state, masks)
