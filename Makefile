@@ -17,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 .DELETE_ON_ERROR:
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev system-packages programs test storm mutants lint format image bench load soak clean
+.PHONY: help serve dev system-packages programs test storm mutants lint format image cluster bench load soak clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1  \t/p' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ format: $(DEV)  ## rewrite imports and layout
 
 image: $(DEV)  ## the Dockerfile's steps without Docker, and a picture by what they make (root, debootstrap, some minutes)
 	$(BIN)/python -m tests.image $(ARGS)
+
+cluster: $(DEV)  ## every overlay before a real Kubernetes API server (ARGS='--bin DIR', as setup-envtest fills it)
+	$(BIN)/python -m tests.cluster $(ARGS)
 
 bench: $(DEV)  ## our server against a diffusers pipeline behind a lock, in one run
 	$(BIN)/python -m loadtests.bench $(ARGS)

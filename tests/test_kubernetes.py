@@ -1,4 +1,7 @@
-"""deploy/k8s renders, every object is valid, and it says what the processes need. No cluster has seen it."""
+"""deploy/k8s renders, every object is valid, and it says what the processes need.
+
+`python -m tests.cluster` asks a real API server, where there is one.
+"""
 
 import json
 import re
@@ -233,6 +236,45 @@ def test_a_collector_can_be_reached_where_spans_are_sent_to_it_and_nowhere_else(
             for port in rule["ports"]
         }
         assert ports == (wanted if name.startswith(("tdm-api", "tdm-worker")) else set()), name
+
+
+def test_demo_fits_a_node_of_two_cores_with_the_images_that_are_there() -> None:
+    cores = 0.0
+    for maker in of_kind("cpu-demo", "Deployment", "StatefulSet", "Job"):
+        (template,) = templates_of(maker)
+        own = [one for one in template["spec"]["containers"] if one["image"].startswith("tdm-")]
+        assert {one["imagePullPolicy"] for one in own} <= {"IfNotPresent"}
+        asked = [one["resources"]["requests"]["cpu"] for one in template["spec"]["containers"]]
+        assert all(one.endswith("m") for one in asked)
+        cores += maker["spec"].get("replicas", 1) * sum(int(one[:-1]) / 1000 for one in asked)
+    assert cores <= 1.2  # what minikube's own pods leave of two
+
+
+def test_workers_of_the_demo_wait_for_the_bundles_that_its_job_builds() -> None:
+    (job,) = of_kind("cpu-demo", "Job")
+    built = {
+        one["args"][one["args"].index("--out") + 1] for one in templates_of(job)[0]["spec"]["containers"]
+    }
+    for model in ("scenes", "clips"):
+        template = pods("cpu-demo")[f"tdm-worker-{model}"]
+        (waiting,) = template["spec"]["initContainers"]
+        (worker,) = template["spec"]["containers"]
+        bundle = next(one["value"] for one in worker["env"] if one["name"] == "TDM_BUNDLES")
+        assert bundle in built
+        assert f"[ -e {bundle}/manifest.json ]" in waiting["command"][-1]
+        assert (waiting["image"], waiting["imagePullPolicy"]) == (worker["image"], worker["imagePullPolicy"])
+        # What a pod mounts by a read-only claim is not handed to its group, nor to that of the next pod.
+        (volume,) = [one for one in template["spec"]["volumes"] if one["name"] == "bundles"]
+        assert "readOnly" not in volume["persistentVolumeClaim"]
+        assert all(one["readOnly"] for one in worker["volumeMounts"] if one["name"] == "bundles")
+
+
+@pytest.mark.parametrize("overlay", ["cpu-demo", "ha-valkey"])
+def test_valkey_answers_other_pods(overlay: str) -> None:
+    """Protected mode is on unless told otherwise, or an image's entrypoint does, which `command` replaces."""
+    told = json.dumps([one["spec"] for one in of_kind(overlay, "StatefulSet")])
+    told += json.dumps([one["data"] for one in of_kind(overlay, "ConfigMap")])
+    assert re.search(r'--protected-mode(", "| )no\b', told)
 
 
 def test_workers_on_gpus_ask_for_one_and_have_their_bundle_by_digest() -> None:

@@ -232,6 +232,7 @@ def test_metrics_tell_what_happened_and_nothing_private(system: System, http: ht
     poll(lambda: scrape(system)[("tdm_redis_aof_ok",)] == 1)  # and so is this, a moment later
     samples = scrape(system)
     assert (samples["tdm_queue_capacity", "tiny"], samples["tdm_queue_limit", "tiny"]) == (4, 256)
+    assert samples["tdm_wait_margin_ratio", "tiny"] >= 1  # nothing was late
     assert 0 < samples[("tdm_redis_memory_bytes",)] < samples[("tdm_redis_memory_limit_bytes",)]
     assert http.get("/metrics").status_code == 404
 

@@ -8,7 +8,7 @@ for peer in 0 1 2; do
   [ -n "$found" ] && primary=$found && break
 done
 [ -n "$primary" ] || primary=tdm-valkey-0.tdm-valkey
-set -- --dir /data --appendonly yes --appendfsync always --maxmemory 1gb --maxmemory-policy noeviction \
+set -- --protected-mode no --dir /data --appendonly yes --appendfsync always --maxmemory 1gb --maxmemory-policy noeviction \
   --replica-announce-ip "$me" --min-replicas-to-write 1 --min-replicas-max-lag 10
 [ "$primary" = "$me" ] || set -- "$@" --replicaof "$primary" 6379
 exec valkey-server "$@"
