@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from engines.families.scheduler import load_schedule
 from engines.families.weights import load_weights
 from tests.engines.distilling import config_of, quiet
 from tests.engines.tiny import make_tiny_sdxl
+from tests.shared import tmpfs
 
 # Noise levels
 
@@ -124,16 +124,8 @@ def test_adapters_without_a_layer_say_which_names_there_are(teacher: Path, tmp_p
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of four megabytes."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(directory)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("only root may mount a file system")
-    yield directory
-    # lazily: encoded prompts are still mapped into memory
-    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+    with tmpfs(tmp_path / "disk", "size=4m") as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 import threading
 import time
@@ -18,6 +17,7 @@ from engines.bundle.manifest import read_manifest
 from engines.errors import BundleError
 from engines.runtime.aotinductor import AotInductorEngine, Constants, LockedPackage, load_package
 from engines.runtime.unlocked import UnlockedPackage, can_unlock
+from tests.shared import tmpfs
 
 
 def inputs_of(bundle: Path, index: int, batch: int) -> list[Tensor]:
@@ -98,15 +98,8 @@ def test_error_inside_the_code_is_raised(compiled_bundle: Path, monkeypatch: pyt
 @pytest.fixture
 def no_programs(tmp_path: Path) -> Iterator[Path]:
     """A directory whose files must not be executed, as Docker mounts a tmpfs."""
-    folder = tmp_path / "noexec"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "noexec", "tmpfs", folder], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"nothing can be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)  # torch does not close what it could not load
+    with tmpfs(tmp_path / "noexec", "noexec") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("unlocked", [True, False])
