@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import PixArtAlphaPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from engines.__main__ import main
 from loadtests.gpu import train_demo
 
 
@@ -78,6 +79,19 @@ def test_what_a_run_keeps_another_begins_with(tmp_path: Path) -> None:
         before, after = (load_file(tmp_path / name / f"{stage}.safetensors") for name in ("start", "again"))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_keeping_alone_trains_and_draws_nothing(tmp_path: Path) -> None:
+    text = tmp_path / "run" / "text" / "text.safetensors"
+    text.parent.mkdir(parents=True)
+    weights = {"average.text_encoder.weight": torch.ones(2)}
+    save_file(weights, text, metadata={"step": "7"})
+    command = ["demo-teacher", "--kind", "studio", "--out", str(tmp_path / "run")]
+
+    assert main([*command, "--keep", str(tmp_path / "kept")]) == 0
+
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["text"]
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["text.safetensors"]
 
 
 def test_time_is_shared_out_among_the_stages_that_train() -> None:

@@ -52,7 +52,9 @@ def add_demo_parser(commands: Any) -> None:  # argparse does not name the type o
         help="what the teacher draws (default: %(default)s)",
     )
     add("out", "working directory", Path)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=None, help="default: all; none if only to --keep"
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch threads and renderers; 0: one per core")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("scenes", "thousands of training pictures or clips")
@@ -64,7 +66,9 @@ def add_demo_parser(commands: Any) -> None:  # argparse does not name the type o
     add("heads", "of the teacher, 32 wide each; video: 48")
     parser.add_argument("--start", type=Path, help="begin with what --keep has written; studio only")
     parser.add_argument(
-        "--keep", type=Path, help="write what was learnt, in float16 and without the optimizer; studio only"
+        "--keep",
+        type=Path,
+        help="write what was learnt, in float16, without the optimizer, after the stages if any; studio only",
     )
     parser.set_defaults(run=_run)
 
@@ -73,6 +77,8 @@ def _run(args: argparse.Namespace) -> int:
     for option, value in DEFAULTS[args.kind].items():
         if getattr(args, option) is None:
             setattr(args, option, value)
+    if args.stages is None:
+        args.stages = () if args.keep else STAGES
     if args.kind != "studio" and (args.start or args.keep):
         raise ConfigError(f"--start and --keep are for --kind studio, not {args.kind}")
     if args.kind == "video":
