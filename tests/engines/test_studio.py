@@ -396,7 +396,7 @@ START = Path(__file__).parents[2] / "engines" / "demo" / "checkpoints" / "studio
 def test_shipped_beginning_of_a_teacher_is_one_to_go_on_from() -> None:
     transformer, encoder = make_transformer(TeacherConfig()), make_text_encoder()
     steps = load_average(START / "teacher.safetensors", {"transformer": transformer, "text_encoder": encoder})
-    assert steps >= 3500
+    assert steps >= 20_000
     assert load_file(START / "code.safetensors")["encode_matrix"].isfinite().all()
     assert all(p.isfinite().all() and p.any() for p in transformer.parameters())
 
