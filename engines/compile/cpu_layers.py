@@ -1,7 +1,8 @@
 """Layers in a form of which Inductor makes fast loops on a CPU: weights and, but for rounding, results stay.
 
 Inductor computes a group norm over groups of few channels, of tensors in channels-last order, number by
-number; and the hyperbolic tangent of GELU's approximation costs several times an exponential.
+number; the hyperbolic tangent of GELU's approximation costs several times an exponential; and matrix products
+of few rows take longer when the weights lie row by row, as PyTorch keeps them.
 """
 
 from __future__ import annotations
@@ -66,12 +67,17 @@ class _ProjectedGelu(nn.Module):
 
 
 def rewrite_for_cpu(module: nn.Module, *, channels_last: bool) -> None:
-    """Put such layers in the place of others, in place; every parameter keeps its name.
+    """Put such layers in the place of others, in place; every parameter keeps its name and shape.
 
     Args:
         module: a stage, in the dtype that it is compiled in.
         channels_last: whether its images lie in that order. In the other one group norms are fast already.
     """
+    _replace_layers(module, channels_last=channels_last)
+    _store_by_columns(module)
+
+
+def _replace_layers(module: nn.Module, *, channels_last: bool) -> None:
     for name, child in module.named_children():
         if channels_last and isinstance(child, nn.GroupNorm) and child.affine:
             setattr(module, name, ChannelsLastGroupNorm(child))
@@ -82,4 +88,11 @@ def rewrite_for_cpu(module: nn.Module, *, channels_last: bool) -> None:
         elif isinstance(child, GELU) and child.approximate == "tanh":
             setattr(module, name, _ProjectedGelu(child.proj))
         else:
-            rewrite_for_cpu(child, channels_last=channels_last)
+            _replace_layers(child, channels_last=channels_last)
+
+
+def _store_by_columns(module: nn.Module) -> None:
+    """Lay the weights of linear layers out as (in, out), which is what the product walks through."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32:
+            layer.weight.data = layer.weight.data.t().contiguous().t()  # `data`: tied weights stay tied

@@ -89,6 +89,23 @@ def test_only_what_is_meant_is_replaced_and_every_name_stays() -> None:
     assert torch.allclose(rewritten(x), original(x), rtol=1e-5, atol=1e-5)
 
 
+def test_linear_layers_keep_their_weights_by_columns_and_tied_ones_tied() -> None:
+    table = nn.Embedding(7, 3)
+    tied, half = nn.Linear(3, 7, bias=False), nn.Linear(3, 2, dtype=torch.bfloat16)
+    tied.weight = table.weight
+    before = table.weight.detach().clone()
+    module = nn.Sequential(nn.Sequential(table, tied), GELU(3, 6, approximate="tanh"), half)
+
+    rewrite_for_cpu(module, channels_last=False)
+
+    assert tied.weight is table.weight
+    assert torch.equal(tied.weight, before)
+    projection = module.get_submodule("1.proj")
+    assert isinstance(projection, nn.Linear)
+    assert (tied.weight.stride(), projection.weight.stride()) == ((1, 7), (1, 6))
+    assert half.weight.is_contiguous()
+
+
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode"])
 def test_what_is_compiled_for_a_cpu_is_rewritten(stage: StageName, tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint")
@@ -103,7 +120,11 @@ def test_what_is_compiled_for_a_cpu_is_rewritten(stage: StageName, tmp_path: Pat
         bundle=tmp_path,
         platform=current_platform(),
     )
-    kinds = {type(module) for module in load_for_compiling(job).modules()}
+    module = load_for_compiling(job)
+    weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)]
+    assert weights
+    assert all(weight.t().is_contiguous() for weight in weights)
+    kinds = {type(part) for part in module.modules()}
     assert kinds.isdisjoint({nn.GroupNorm, GELU, NewGELUActivation})
     assert (ChannelsLastGroupNorm in kinds) == (stage == "decode")
     assert (TanhGelu in kinds) == (stage != "decode")
